@@ -1,0 +1,20 @@
+"""galore_fx: train all parameters of a large model inside a given GPU memory budget.
+
+    model = galore_fx.compile(model, budget="16GB", optimizer=functools.partial(torch.optim.AdamW, lr=1e-3))
+    loss = model(**batch).loss
+    loss.backward()
+    model.galore_fx.optimizer.step()
+"""
+
+from galore_fx.compilation import compile as compile
+from galore_fx.compilation import plan as plan
+from galore_fx.errors import BudgetError as BudgetError
+from galore_fx.errors import CaptureError as CaptureError
+from galore_fx.errors import GaloreFxError as GaloreFxError
+from galore_fx.errors import ModelError as ModelError
+from galore_fx.errors import OptimizerError as OptimizerError
+from galore_fx.errors import SettingError as SettingError
+from galore_fx.errors import UsageError as UsageError
+from galore_fx.plan_record import Plan as Plan
+from galore_fx.recipe import RECIPES as RECIPES
+from galore_fx.recipe import Recipe as Recipe

@@ -1,0 +1,187 @@
+"""``galore_fx.compile`` and ``galore_fx.plan``: all checks and decisions first, then the changes to the model."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from galore_fx.errors import ModelError
+from galore_fx.handle import Compiled
+from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer, retire
+from galore_fx.passes.memory_plan.plan_parameters import check_budget, plan_parameters
+from galore_fx.passes.model_graph.find_regions import Region, find_regions
+from galore_fx.passes.model_graph.region_compiler import RegionCompiler
+from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
+from galore_fx.plan_record import Plan
+from galore_fx.recipe import Recipe, resolve_recipe
+from galore_fx.runtime.compatibility import dispatch_compiler
+from galore_fx.runtime.dispatch import ClearingZeroGrad, CompiledForward, TrainingForward, own_code_object
+from galore_fx.runtime.optimizer import SubspaceOptimizer
+from galore_fx.runtime.projected_parameter import REGISTRY, ProjectedParameter
+from galore_fx.runtime.refresh_schedule import SUBSPACE_ITERATION_WARM_UP, FixedSchedule
+from galore_fx.runtime.subspace import ProjectedDim, random_basis
+from galore_fx.sample_check import check_sample
+from galore_fx.units import parse_bytes
+
+# Forms of one region's graph before it counts as a defect: shapes, masks and modes of a batch, not layers.
+_RECOMPILE_LIMIT = 64
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decisions:
+    """Everything that ``compile`` acts on."""
+
+    recipe: Recipe
+    regions: list[Region]
+    optimizer: torch.optim.Optimizer
+    updates: UpdateCompiler
+    plan: Plan
+
+
+def plan(
+    model: nn.Module,
+    budget: str | int | None = None,
+    *,
+    sample: object = None,
+    recipe: str | Recipe = "auto",
+    optimizer: OptimizerChoice = torch.optim.AdamW,
+    **overrides: Any,
+) -> Plan:
+    """What ``compile`` would do to the model, from shapes alone.
+
+    Takes what ``compile`` takes and raises what it raises; changes nothing.
+    """
+    return _decide(model, budget, sample, recipe, optimizer, overrides).plan
+
+
+def compile(  # noqa: A001 - the name users know from torch.compile
+    model: nn.Module,
+    budget: str | int | None = None,
+    *,
+    sample: object = None,
+    recipe: str | Recipe = "auto",
+    optimizer: OptimizerChoice = torch.optim.AdamW,
+    **overrides: Any,
+) -> nn.Module:
+    """Compiles a model in place so that all its parameters train in little memory.
+
+    Args:
+        model: the model, on the device and in the dtype it will train in.
+        budget: bytes the training may take, ``"16GB"``, ``"15.5GiB"`` or an int; None for no check.
+        sample: a batch as the model takes it, checked on fake tensors before anything changes.
+        recipe: ``"auto"``, ``"galore"`` or ``"full"``, or a ``Recipe``.
+        optimizer: a ``torch.optim`` class, a ``functools.partial`` of one (``partial(AdamW, lr=1e-3)``), or an
+            instance over the model's parameters, which then refuses its own ``step()``.
+        **overrides: parts of the recipe: ``rank=128``, ``refresh_gap=200``, ``update="in-backward"``, ...
+
+    Returns:
+        The same module. ``model.galore_fx`` has ``.optimizer`` (step it), ``.plan`` and ``.stats()``.
+
+    Raises:
+        SettingError: an unknown recipe or override, or a value that is not allowed.
+        ModelError: no linear layer to project, a sample the model does not accept, a model already compiled.
+        OptimizerError: an optimizer over other parameters, or one whose step cannot be lowered.
+        BudgetError: what is kept through the step already exceeds the budget.
+        All are raised before anything in the model is changed.
+    """
+    decisions = _decide(model, budget, sample, recipe, optimizer, overrides)
+    check_budget(decisions.plan)
+    records, layers = _make_records(decisions)
+    subspace_optimizer = _make_optimizer(decisions, records, layers)
+    if decisions.optimizer is optimizer:
+        retire(decisions.optimizer)
+    regions = _install(model, decisions, subspace_optimizer)
+    model.galore_fx = Compiled(subspace_optimizer, decisions.plan, regions, decisions.updates)  # type: ignore[assignment]
+    return model
+
+
+def _decide(
+    model: nn.Module,
+    budget: str | int | None,
+    sample: object,
+    recipe: str | Recipe,
+    optimizer: OptimizerChoice,
+    overrides: dict[str, Any],
+) -> _Decisions:
+    resolved = resolve_recipe(recipe, overrides)
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a {type(model).__name__} is not an nn.Module")
+    if isinstance(getattr(model, "galore_fx", None), Compiled):
+        raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
+    regions = find_regions(model)
+    instance = resolve_optimizer(optimizer, model)
+    updates = UpdateCompiler(type(instance))
+    for group in instance.param_groups:
+        updates.check(group)
+    if sample is not None:
+        check_sample(model, sample)
+    layout = updates.layout(instance.param_groups[0])
+    made = plan_parameters(
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        regions,
+        resolved,
+        optimizer=type(instance).__name__,
+        num_state_tensors=len(layout.initial),
+        num_state_scalars=len(layout.scalars),
+        budget_bytes=budget_bytes,
+    )
+    return _Decisions(resolved, regions, instance, updates, made)
+
+
+def _make_records(decisions: _Decisions) -> tuple[list[ProjectedParameter], list[int]]:
+    """One record per projected parameter of the plan, and the region it belongs to."""
+    weights = {w.name: w.weight for region in decisions.regions for w in region.weights}
+    generator = torch.Generator().manual_seed(_SEED)
+    records, layers = [], []
+    for entry in decisions.plan.parameters:
+        if entry.rank is None or entry.dim is None or entry.region is None:
+            continue
+        weight, dim = weights[entry.name], ProjectedDim(entry.dim)
+        shape = dim.basis_shape((entry.shape[0], entry.shape[1]), entry.rank)
+        basis = random_basis(shape, generator).to(weight)
+        record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
+        REGISTRY.add(record)
+        records.append(record)
+        layers.append(entry.region)
+    return records, layers
+
+
+def _make_optimizer(
+    decisions: _Decisions, records: list[ProjectedParameter], layers: list[int]
+) -> SubspaceOptimizer:
+    recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
+    schedule = FixedSchedule(
+        recipe.refresh_gap, len(decisions.regions), recipe.stagger, 1 if exact else SUBSPACE_ITERATION_WARM_UP
+    )
+    return SubspaceOptimizer(
+        decisions.optimizer.param_groups,
+        decisions.optimizer.defaults,
+        updates=decisions.updates,
+        records=records,
+        layers=layers,
+        schedule=schedule,
+        exact=exact,
+        scale=recipe.scale,
+        in_backward=recipe.update == "in-backward",
+        max_grad_norm=recipe.max_grad_norm,
+    )
+
+
+def _install(model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimizer) -> RegionCompiler:
+    """Puts the dispatchers in place: one compiled function per forward function, shared by the layers that use it."""
+    compiler = RegionCompiler()
+    compiled: dict[object, Any] = {}
+    for region in decisions.regions:
+        function = type(region.module).forward
+        if function not in compiled:
+            compiled[function] = dispatch_compiler(
+                own_code_object(function), compiler, recompile_limit=_RECOMPILE_LIMIT
+            )
+        module = region.module
+        module.forward = CompiledForward(module, module.forward, compiled[function])  # type: ignore[method-assign]
+    model.forward = TrainingForward(model, model.forward)  # type: ignore[method-assign]
+    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
+    return compiler

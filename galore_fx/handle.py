@@ -1,0 +1,74 @@
+"""``model.galore_fx``: what a compiled model knows about itself."""
+
+import warnings
+from typing import Any
+
+from galore_fx.errors import UsageError
+from galore_fx.passes.model_graph.region_compiler import RegionCompiler
+from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
+from galore_fx.plan_record import Plan
+from galore_fx.runtime.optimizer import SubspaceOptimizer
+
+COPY_MESSAGE = (
+    "this is a copy of a model compiled by galore_fx; the copy is a plain model that no galore_fx optimizer trains. "
+    "Call galore_fx.compile on it to compile it"
+)
+
+
+class Compiled:
+    """The compiled side of one model.
+
+    Attributes:
+        optimizer: the ``torch.optim.Optimizer`` to step.
+        plan: what was decided for each parameter.
+    """
+
+    def __init__(
+        self, optimizer: SubspaceOptimizer, plan: Plan, regions: RegionCompiler, updates: UpdateCompiler
+    ) -> None:
+        self.optimizer = optimizer
+        self.plan = plan
+        self._regions = regions
+        self._updates = updates
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and figures of the run so far.
+
+        Returns:
+            ``projected``: names of the projected parameters; ``rank``: their ranks in force; ``num_updates``,
+            ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``; ``refresh_time_s``: seconds
+            spent on new bases; ``grad_norm``: 2-norm of all gradients of the last deferred step, before clipping,
+            None before it; ``num_region_graphs``, ``num_region_variants``, ``num_update_graphs``: what was compiled.
+        """
+        optimizer = self.optimizer
+        return {
+            "projected": [record.name for record in optimizer.records],
+            "rank": {record.name: record.rank for record in optimizer.records},
+            **vars(optimizer.counters),
+            "refresh_time_s": optimizer.refresh_time_s,
+            "grad_norm": optimizer.grad_norm,
+            "num_region_graphs": self._regions.num_graphs,
+            "num_region_variants": self._regions.num_variants,
+            "num_update_graphs": self._updates.num_traces,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PlainCopy":
+        warnings.warn(COPY_MESSAGE, stacklevel=2)
+        return PlainCopy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, ()
+
+
+class PlainCopy:
+    """What a copy of a compiled model has in place of ``Compiled``: it says that it is none."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UsageError(COPY_MESSAGE)
+
+
+def _unpickled() -> PlainCopy:
+    warnings.warn(COPY_MESSAGE, stacklevel=2)
+    return PlainCopy()

@@ -1,0 +1,62 @@
+"""What the user may pass as ``optimizer``: a class, a ``functools.partial`` of one, or an instance."""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from galore_fx.errors import OptimizerError, UsageError
+
+OptimizerChoice = type[torch.optim.Optimizer] | Callable[..., torch.optim.Optimizer] | torch.optim.Optimizer
+_ALLOWED = "a torch.optim class, a functools.partial of one, or an instance over the model's parameters"
+
+
+def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.Optimizer:
+    """An instance of the user's class over the model's trained parameters; the user's own where one was given.
+
+    Raises:
+        OptimizerError: not an optimizer, or not over exactly the model's trained parameters; names what differs.
+    """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if isinstance(choice, torch.optim.Optimizer):
+        instance = choice
+        if instance.state:
+            raise OptimizerError(
+                f"the {type(instance).__name__} given has already stepped; its full-rank state cannot be taken over. "
+                "Compile before the first step, or pass the class"
+            )
+    else:
+        target = choice.func if isinstance(choice, functools.partial) else choice
+        if not (isinstance(target, type) and issubclass(target, torch.optim.Optimizer)):
+            raise OptimizerError(f"optimizer={choice!r} is not {_ALLOWED}")
+        instance = choice([p for p in model.parameters() if p.requires_grad])
+    given = {id(p) for group in instance.param_groups for p in group["params"]}
+    foreign = len(given - trained.keys())
+    if foreign:
+        raise OptimizerError(
+            f"{foreign} of the {len(given)} parameters of the {type(instance).__name__} given are not trained "
+            f"parameters of this model; give {_ALLOWED}"
+        )
+    missing = [trained[key] for key in trained if key not in given]
+    if missing:
+        raise OptimizerError(
+            f"{len(missing)} trained parameters are not in the {type(instance).__name__} given and would never be "
+            f"updated: {', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Add them, or freeze them "
+            "with requires_grad_(False)"
+        )
+    return instance
+
+
+def retire(instance: torch.optim.Optimizer) -> None:
+    """Makes the user's own instance refuse ``step()``: it would see no gradient and train nothing, in silence."""
+
+    def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
+        raise UsageError(
+            f"this {type(self).__name__} has been compiled into model.galore_fx.optimizer; call step() on that one. "
+            "The param groups are shared, so learning-rate schedulers may stay on either"
+        )
+
+    instance.step = types.MethodType(step, instance)  # type: ignore[method-assign]

@@ -1,0 +1,140 @@
+"""What to do to each weight, as data: a ``Recipe`` is a set of orthogonal parts, a published system a named value.
+
+    part          values
+    rank          int, or fraction of the shorter side
+    project       shorter (GaLore's rule) | input | output
+    basis         svd | subspace-iteration
+    refresh       fixed
+    refresh_gap   updates between two refreshes of the same basis
+    stagger       spread the refreshes of the layers over the gap
+    scale         GaLore's alpha: a fractional learning rate of what is projected
+    update        deferred | in-backward
+    max_grad_norm clip the gradients before each update; None: no clipping (deferred only)
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal, get_args
+
+from galore_fx.errors import SettingError
+
+Project = Literal["shorter", "input", "output"]
+Basis = Literal["svd", "subspace-iteration"]
+Refresh = Literal["fixed"]
+Update = Literal["deferred", "in-backward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One setting of every part; the fields are also the keyword overrides of ``plan`` and ``compile``.
+
+    Attributes:
+        name: the recipe it started from.
+        projects: whether weights of linear layers are trained in a subspace at all.
+        rank: columns of each basis, or the fraction of the weight's shorter side. Clamped to the shorter side.
+        project: which dimension shrinks to the rank: the shorter side (GaLore, Zhao et al. 2024,
+            arXiv:2403.03507, section 4.2), the layer's inputs, or its outputs.
+        basis: exact SVD of the gradient, or one warm iteration of the subspace method.
+        refresh: when a basis is renewed.
+        refresh_gap: updates between two refreshes of one basis (GaLore's T).
+        stagger: refresh the layers one after the other over the gap, instead of all in the same step.
+        scale: factor of the back-projected update (GaLore's alpha).
+        update: all parameters in ``optimizer.step()``, or each inside the backward that completes its gradient.
+        max_grad_norm: 2-norm that the gradients are clipped to, or None.
+    """
+
+    name: str
+    projects: bool = True
+    rank: int | float = 0.25
+    project: Project = "shorter"
+    basis: Basis = "subspace-iteration"
+    refresh: Refresh = "fixed"
+    refresh_gap: int = 50
+    stagger: bool = True
+    scale: float = 0.25
+    update: Update = "deferred"
+    max_grad_norm: float | None = None
+
+    def rank_in_force(self, shape: tuple[int, int]) -> int:
+        """The rank used for a weight of this shape: never above its shorter side."""
+        shorter = min(shape)
+        wanted = round(self.rank * shorter) if isinstance(self.rank, float) else self.rank
+        return max(1, min(wanted, shorter))
+
+
+RECIPES = {
+    # Published defaults: Zhao et al. 2024, arXiv:2403.03507, appendix C (T = 200, alpha = 0.25, r = d/4); every
+    # layer refreshes in the same update, as in the released optimizer.
+    "galore": Recipe("galore", basis="svd", refresh_gap=200, stagger=False),
+    "full": Recipe("full", projects=False),
+    # Provisional: frequent warm refreshes, since a stale basis loses more than an inexact one.
+    "auto": Recipe("auto"),
+}
+NOT_BUILT_YET = ("galore+", "q-galore", "gradnormlorp", "galore2", "lotus", "vlorp", "fira")
+PARTS_NOT_BUILT_YET = (
+    "cross_head",
+    "granularity",
+    "basis_bits",
+    "state_bits",
+    "weight_bits",
+    "moments_on_refresh",
+    "residual",
+    "weight_norm",
+)
+_OVERRIDES = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "projects"))
+
+
+def resolve_recipe(name: str | Recipe, overrides: dict[str, Any]) -> Recipe:
+    """The recipe of that name with some parts replaced.
+
+    Raises:
+        SettingError: unknown name or part, or a value outside what the part allows; lists what exists.
+    """
+    if isinstance(name, Recipe):
+        recipe = name
+    elif name in RECIPES:
+        recipe = RECIPES[name]
+    elif name in NOT_BUILT_YET:
+        raise SettingError(f"recipe {name!r} is planned but not built yet; available: {', '.join(sorted(RECIPES))}")
+    else:
+        raise SettingError(f"unknown recipe {name!r}; available: {', '.join(sorted(RECIPES))}")
+    for key in overrides:
+        if key in PARTS_NOT_BUILT_YET:
+            raise SettingError(f"override {key}={overrides[key]!r}: this part is planned but not built yet")
+        if key not in _OVERRIDES:
+            raise SettingError(f"unknown override {key}={overrides[key]!r}; a recipe has {', '.join(_OVERRIDES)}")
+    recipe = dataclasses.replace(recipe, **overrides)
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    rank = recipe.rank
+    if isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise SettingError(f"rank={rank!r} is not a number; give an int >= 1, or a fraction between 0 and 1")
+    if isinstance(rank, int) and rank < 1:
+        raise SettingError(f"rank={rank!r} must be at least 1")
+    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+        raise SettingError(f"rank={rank!r}: as a fraction of the shorter side it must lie in (0, 1]; give an int for more")
+    for part, values in (("project", Project), ("basis", Basis), ("refresh", Refresh), ("update", Update)):
+        if getattr(recipe, part) not in get_args(values):
+            raise SettingError(f"{part}={getattr(recipe, part)!r} is not one of {', '.join(get_args(values))}")
+    gap = recipe.refresh_gap
+    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
+        raise SettingError(f"refresh_gap={gap!r} must be an int of at least 1")
+    if not isinstance(recipe.stagger, bool):
+        raise SettingError(f"stagger={recipe.stagger!r} must be True or False")
+    _check_positive("scale", recipe.scale)
+    if recipe.max_grad_norm is not None:
+        _check_positive("max_grad_norm", recipe.max_grad_norm)
+        if recipe.update == "in-backward":
+            raise SettingError(
+                "max_grad_norm needs all gradients at once, which update='in-backward' never holds; "
+                "use update='deferred', or max_grad_norm=None"
+            )
+
+
+def _check_positive(part: str, value: object) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+        raise SettingError(f"{part}={value!r} must be a finite number above 0")

@@ -1,0 +1,52 @@
+"""Whether the model accepts a sample, tried on fake tensors: nothing is computed, nothing is changed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from galore_fx.errors import ModelError
+from galore_fx.runtime.compatibility import DataDependentOutput, FakeTensorMode
+
+
+def check_sample(model: nn.Module, sample: object) -> None:
+    """Runs the model's forward on fake copies of its parameters and of the sample.
+
+    Args:
+        model: any module.
+        sample: a batch as the model takes it: a mapping is passed as keywords, a tuple or list as positions,
+            anything else as the one argument.
+
+    Raises:
+        ModelError: the model does not accept it; quotes the model's own error.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(value: Any) -> Any:
+        return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(sample, Mapping):
+        kwargs = {key: tree_map(fake, value) for key, value in sample.items()}
+    else:
+        args = tuple(tree_map(fake, list(sample) if isinstance(sample, tuple | list) else [sample]))
+    try:
+        with mode, torch.no_grad():
+            torch.func.functional_call(model, {name: fake(value) for name, value in state.items()}, args, kwargs)
+    except DataDependentOutput:
+        # The model looks into its input's values, which fake tensors have not; the first real call will tell.
+        return
+    except Exception as error:
+        described = {key: _describe(value) for key, value in kwargs.items()} or [_describe(value) for value in args]
+        raise ModelError(
+            f"{type(model).__name__} does not accept the sample {described}: {type(error).__name__}: {error}. "
+            "Give a batch as the model takes it in training, for example dict(input_ids=ids, labels=ids)"
+        ) from error
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

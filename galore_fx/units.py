@@ -1,0 +1,62 @@
+"""Bytes as people write them.
+
+Inside galore_fx bytes are integers. Text that comes in may use decimal units (``GB`` = 10**9) or binary ones
+(``GiB`` = 2**30); text that goes out is always binary.
+"""
+
+import math
+import re
+
+from galore_fx.errors import SettingError
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+_ALLOWED = "a number and a unit (B, KB, MB, GB, TB: powers of 1000; KiB, MiB, GiB, TiB: powers of 1024)"
+_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]+)\s*")
+
+
+def parse_bytes(value: str | int) -> int:
+    """Bytes of a budget.
+
+    Args:
+        value: text such as ``"16GB"`` or ``"15.5 GiB"``, or a positive integer of bytes.
+
+    Returns:
+        Bytes, a positive integer.
+
+    Raises:
+        SettingError: not of that form, or not positive; names the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise SettingError(f"budget {value!r} is a {type(value).__name__}; give {_ALLOWED}, or an int of bytes")
+    if isinstance(value, int):
+        num_bytes = value
+    else:
+        match = _PATTERN.fullmatch(value)
+        factor = _UNITS.get(match.group(2).upper()) if match else None
+        if match is None or factor is None:
+            raise SettingError(f"budget {value!r} is not {_ALLOWED}, for example '16GB'")
+        size = float(match.group(1)) * factor
+        num_bytes = int(size) if math.isfinite(size) else 0
+    if num_bytes <= 0:
+        raise SettingError(f"budget {value!r} must be more than 0 bytes")
+    return num_bytes
+
+
+def format_bytes(num_bytes: int) -> str:
+    """``num_bytes`` in the largest binary unit that keeps at least one digit before the point."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"

@@ -1,0 +1,1 @@
+"""Decisions about memory, made before anything is allocated."""

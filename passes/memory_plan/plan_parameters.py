@@ -1,0 +1,91 @@
+"""Decides for each parameter whether and how it is projected, and sums the bytes that follow.
+
+Made from shapes alone: parameters may be on the meta device.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from galore_fx.errors import BudgetError
+from galore_fx.passes.model_graph.find_regions import LinearWeight, Region
+from galore_fx.plan_record import ParameterPlan, Plan
+from galore_fx.recipe import Recipe
+from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.units import format_bytes
+
+_SCALAR_STATE_BYTES = 4
+
+
+def plan_parameters(
+    named_parameters: Sequence[tuple[str, nn.Parameter]],
+    regions: Sequence[Region],
+    recipe: Recipe,
+    *,
+    optimizer: str,
+    num_state_tensors: int,
+    num_state_scalars: int,
+    budget_bytes: int | None,
+) -> Plan:
+    """The plan of a model under a recipe.
+
+    Args:
+        named_parameters: the trained parameters, each once.
+        regions: the model's regions.
+        recipe: the parts in force.
+        optimizer: name of the optimizer class.
+        num_state_tensors: tensors of the gradient's shape that it keeps per parameter.
+        num_state_scalars: float32 numbers that it keeps per parameter.
+        budget_bytes: the budget, None without one.
+    """
+    projected = {id(w.weight): (index, w) for index, region in enumerate(regions) for w in region.weights}
+    entries = []
+    for name, parameter in named_parameters:
+        index, linear = projected.get(id(parameter), (None, None)) if recipe.projects else (None, None)
+        element = parameter.element_size()
+        weight_bytes = parameter.numel() * element
+        scalar_bytes = num_state_scalars * _SCALAR_STATE_BYTES
+        if linear is None:
+            state_bytes = num_state_tensors * weight_bytes + scalar_bytes
+            sizes = {"weights": weight_bytes, "bases": 0, "optimizer_state": state_bytes, "gradients": weight_bytes}
+            entries.append(ParameterPlan(name, tuple(parameter.shape), None, None, None, sizes))
+            continue
+        shape = (parameter.shape[0], parameter.shape[1])
+        dim, rank = projected_dim(linear, recipe), recipe.rank_in_force(shape)
+        low_bytes = math.prod(dim.projected_shape(shape, rank)) * element
+        sizes = {
+            "weights": weight_bytes,
+            "bases": math.prod(dim.basis_shape(shape, rank)) * element,
+            "optimizer_state": num_state_tensors * low_bytes + scalar_bytes,
+            "gradients": low_bytes,
+        }
+        entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes))
+    names = tuple(region.name for region in regions)
+    return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries))
+
+
+def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:
+    """Which dimension of the weight shrinks. Equal sides: the columns, as the reference does (m >= n)."""
+    rows, cols = linear.weight.shape
+    if recipe.project == "shorter":
+        return ProjectedDim.COLS if rows >= cols else ProjectedDim.ROWS
+    input_is_rows = linear.in_first
+    return ProjectedDim.ROWS if (recipe.project == "input") == input_is_rows else ProjectedDim.COLS
+
+
+def check_budget(plan: Plan) -> None:
+    """Raises where what is kept through the step already exceeds the budget.
+
+    Raises:
+        BudgetError: says what is kept, in which categories.
+    """
+    if plan.fits is False:
+        assert plan.budget_bytes is not None
+        largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.categories.items())
+        raise BudgetError(
+            f"the budget of {format_bytes(plan.budget_bytes)} cannot hold this training: {largest} are kept through "
+            f"the whole step, {format_bytes(plan.peak_bytes)} before any activation. Lower rank "
+            f"(now {plan.recipe['rank']}), use a lower-precision model (model.bfloat16()), or raise the budget"
+        )

@@ -1,0 +1,1 @@
+"""Passes over one region of the model, at the level of torch functions, before AOTAutograd."""

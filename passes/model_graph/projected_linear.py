@@ -1,0 +1,89 @@
+"""The linear whose backward delivers the projected gradient and never the full one.
+
+With rows A (t, m) and columns B (t, n) of the full gradient ``G = A^T B`` (for a weight stored (out, in): A = dY,
+B = X; stored (in, out): A = X, B = dY) matrix products associate:
+
+    COLS   R = G P   = A^T (B P)        sketch G^T G P   = B^T (A R)
+    ROWS   R = P^T G = (A P)^T B        sketch G G^T P   = A^T (B R^T)
+
+2 t r (m + n) operations instead of 2 t m n + 2 m n r, and no value of m x n elements.
+
+Not handled: double backward, forward-mode differentiation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from galore_fx.passes.model_graph.find_linears import WeightLayout
+from galore_fx.runtime.subspace import ProjectedDim
+
+
+def projected_gradient(rows: Tensor, cols: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
+    """``R`` of ``G = rows^T cols`` without forming ``G``.
+
+    Args:
+        rows: A, (t, m).
+        cols: B, (t, n).
+        basis: P, (m, r) for ROWS, (n, r) for COLS.
+        dim: the projected dimension.
+
+    Returns:
+        (r, n) for ROWS, (m, r) for COLS.
+    """
+    return (rows @ basis).T @ cols if dim is ProjectedDim.ROWS else rows.T @ (cols @ basis)
+
+
+def sketch(rows: Tensor, cols: Tensor, projected: Tensor, dim: ProjectedDim) -> Tensor:
+    """``G G^T P`` (m, r) for ROWS, ``G^T G P`` (n, r) for COLS, from ``R`` and without forming ``G``.
+
+    Source: the power iteration of Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4, started from the
+    previous basis.
+    """
+    return rows.T @ (cols @ projected.T) if dim is ProjectedDim.ROWS else cols.T @ (rows @ projected)
+
+
+class ProjectedLinear(torch.autograd.Function):
+    """``Y = X W^T + b`` (or ``X W + b``) whose backward returns ``R`` for the leaf and nothing for the weight."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        basis: Tensor,
+        leaf: Tensor,
+        sketch_leaf: Tensor | None,
+        layout: WeightLayout,
+        dim: ProjectedDim,
+    ) -> Tensor:
+        """Y, (..., out)."""
+        if layout is WeightLayout.OUT_IN:
+            return torch.nn.functional.linear(x, weight, bias)
+        y = x @ weight
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
+        x, weight, _, basis, _, sketch_leaf, layout, dim = inputs
+        ctx.save_for_backward(x, weight, basis)
+        ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        """dX, None for W, db, None for P, R for the leaf, the sketch for its leaf."""
+        x, weight, basis = ctx.saved_tensors
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad_input = grad_output @ (weight if ctx.layout is WeightLayout.OUT_IN else weight.T)
+        inputs = x.reshape(-1, x.shape[-1])
+        outputs = grad_output.reshape(-1, grad_output.shape[-1])
+        rows, cols = (outputs, inputs) if ctx.layout is WeightLayout.OUT_IN else (inputs, outputs)
+        grad_bias = outputs.sum(0) if ctx.needs_input_grad[2] else None
+        projected = projected_gradient(rows, cols, basis, ctx.dim)
+        next_basis = sketch(rows, cols, projected, ctx.dim) if ctx.sketched else None
+        return grad_input, None, grad_bias, None, projected, next_basis, None, None

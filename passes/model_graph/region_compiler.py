@@ -1,0 +1,131 @@
+"""From a region's Dynamo graph to compiled variants of it.
+
+    Dynamo graph (kept)  --copy-->  passes  -->  AOTAutograd + Inductor  -->  variant
+                                                                              one per gradient forms of its weights
+
+A ``CapturedRegion`` is what Dynamo calls with the graph's inputs. The weights are among them; their records say in
+which form their gradients are wanted now, and so which variant runs. Layers with equal graphs share one
+``CapturedRegion`` and its variants.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
+from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
+from galore_fx.runtime.compatibility import compile_graph, current_tracing_context, tracing
+from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
+
+
+class RegionCompiler:
+    """The Dynamo backend of one model's regions, and the count of what it did.
+
+    Attributes:
+        num_graphs: distinct region graphs captured.
+        num_variants: compilations, over all graphs and gradient forms.
+        pass_records: what each pass did, per compilation.
+    """
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+        self.num_variants = 0
+        self.pass_records: list[list[PassRecord]] = []
+        self._regions: dict[tuple[object, ...], CapturedRegion] = {}
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
+        """Captures a graph and compiles the variant that this very call needs."""
+        key = _graph_identity(gm)
+        region = self._regions.get(key) if key is not None else None
+        if region is None:
+            region = CapturedRegion(gm, self)
+            self.num_graphs += 1
+            if key is not None:
+                self._regions[key] = region
+        region.variant_for(region.records(example_inputs))
+        return region
+
+
+class CapturedRegion:
+    """One graph and its compiled variants."""
+
+    def __init__(self, gm: fx.GraphModule, compiler: RegionCompiler) -> None:
+        self._gm = _copy_graph(gm)
+        self._compiler = compiler
+        self._context = current_tracing_context()
+        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+        self._fakes = [node.meta["example_value"] for node in placeholders]
+        self._parameters = [i for i, value in enumerate(self._fakes) if isinstance(value, torch.nn.Parameter)]
+        self._variants: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *inputs: object) -> Any:
+        """Runs the variant that the gradient forms of the weights among ``inputs`` ask for."""
+        records = self.records(inputs)
+        variant = self.variant_for(records)
+        return variant(*inputs, *(value for record in records if record for value in record.graph_inputs()))
+
+    def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
+        """The record of each parameter among the inputs, None for one that is not projected."""
+        return [REGISTRY.get(inputs[i]) for i in self._parameters]
+
+    def variant_for(self, records: list[ProjectedParameter | None]) -> Callable[..., Any]:
+        """The compiled form for these gradient forms, made now if it is the first time."""
+        key = tuple(record.graph_key() if record else None for record in records)
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = self._compile(records)
+        return variant
+
+    def _compile(self, records: list[ProjectedParameter | None]) -> Callable[..., Any]:
+        wanted = [
+            (index, record)
+            for index, record in zip(self._parameters, records, strict=True)
+            if record is not None and record.form is not GradientForm.FULL
+        ]
+        targets = [ProjectionTarget(index, record.name, record.dim, record.form) for index, record in wanted]
+        fake_mode = self._context.fake_mode
+        assert fake_mode is not None
+        extra = [
+            fake_mode.from_tensor(value, static_shapes=True)
+            for _, record in wanted
+            for value in record.graph_inputs()
+        ]
+        passes: list[GraphPass] = [functools.partial(project_gradients, targets=targets)] if targets else []
+        inputs = [*self._fakes, *extra]
+        with tracing(self._context):
+            gm, pass_records = run_passes(_copy_graph(self._gm), inputs, passes)
+            self._compiler.pass_records.append(pass_records)
+            self._compiler.num_variants += 1
+            return compile_graph(gm, inputs)
+
+
+def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own with the same nodes: Dynamo still reads its graph's placeholders after the backend ran."""
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, values)
+    graph.output(output)
+    for old, new in values.items():
+        new.meta = {key: copy.copy(value) for key, value in old.meta.items() if key != "grapharg"}
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.pop("dynamo_compile_id", None)
+    return copied
+
+
+def _graph_identity(gm: fx.GraphModule) -> tuple[object, ...] | None:
+    """What two captures must share to be one region; None where sizes are symbols, which belong to one capture."""
+    described: list[object] = [gm.code]
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            return None
+        if node.op != "placeholder":
+            continue
+        value = node.meta["example_value"]
+        if not isinstance(value, torch.Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
+            return None
+        described.append((type(value), tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad))
+    return tuple(described)

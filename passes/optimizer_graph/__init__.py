@@ -1,0 +1,1 @@
+"""Passes over one optimizer step of one parameter, as an ATen graph."""

@@ -1,0 +1,297 @@
+"""Traces one step of a ``torch.optim`` class on one parameter into a functional ATen graph.
+
+    inputs    weight, grad, one per state tensor, one per scalar (hyper-parameters and scalar state)
+    outputs   new weight, new state tensors, new scalar state
+
+Every float of the param group (lr, betas, eps, weight_decay, ...) and every scalar of the state (step, mu_product)
+is a SymFloat while the step runs, so that the graph computes with their live values. Where the optimizer branches on
+one (``weight_decay != 0``) the outcome is a guard: another outcome needs another trace.
+"""
+
+import collections
+import copy
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+from galore_fx.errors import OptimizerError
+from galore_fx.runtime.compatibility import FakeTensorMode, ShapeEnv, optimizer_internals
+
+STATE_PREFIX = "state."
+WHAT_CAN_BE_LOWERED = (
+    "A torch.optim class can be lowered if it treats all elements of a parameter alike and adds its update to the "
+    "weight, as torch.optim.AdamW does"
+)
+_SWITCHES = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+_SHAPE = (3, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """What an optimizer class keeps per parameter.
+
+    Attributes:
+        initial: value that fills each state tensor before the first step; None for one that the first step creates.
+        scalars: initial value of each scalar state, by name.
+    """
+
+    initial: Mapping[str, float | None]
+    scalars: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+    """One traced step.
+
+    Attributes:
+        gm: the graph; placeholders ``weight``, ``grad``, the names of ``tensors``, the names of ``scalars``.
+        tensors: names of the state tensors that go in.
+        new_tensors: names of the state tensors that come out, in the order of the outputs after the weight.
+        scalars: names of the scalar inputs: ``lr``, ``betas.0``, ``state.step``, ...
+        new_scalars: names of the scalar states that come out last, without prefix.
+        guards: conditions on the scalars under which this graph is right, and the symbol of each scalar.
+    """
+
+    gm: fx.GraphModule
+    tensors: tuple[str, ...]
+    new_tensors: tuple[str, ...]
+    scalars: tuple[str, ...]
+    new_scalars: tuple[str, ...]
+    guards: tuple[sympy.Basic, ...]
+    symbols: Mapping[str, sympy.Symbol]
+
+    def holds_for(self, values: Mapping[str, float]) -> bool:
+        """Whether every guard has the outcome it had in the trace, for these scalars."""
+        substitution = {self.symbols[name]: sympy.Float(values[name], 17) for name in self.scalars}
+        return all(bool(guard.xreplace(substitution)) for guard in self.guards)
+
+
+def group_floats(group: Mapping[str, Any]) -> dict[str, float]:
+    """The live scalars of a param group: numbers by name, entries of tuples as ``name.index``."""
+    floats: dict[str, float] = {}
+    for key, value in group.items():
+        if _is_number(value):
+            floats[key] = float(value)
+        elif isinstance(value, tuple) and value and all(_is_number(entry) for entry in value):
+            floats |= {f"{key}.{i}": float(entry) for i, entry in enumerate(value)}
+    return floats
+
+
+def group_switches(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The settings of a param group that are baked into a graph: everything that is not a float."""
+    floats = group_floats(group)
+    names = [key for key in group if key not in ("params", "param_names") and key not in floats and f"{key}.0" not in floats]
+    return tuple((name, group[name]) for name in sorted(names))
+
+
+def state_layout(optimizer_class: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> StateLayout:
+    """What the class keeps per parameter, found by letting it initialise and step a small one.
+
+    Raises:
+        OptimizerError: a state that is neither a number nor a tensor of the parameter's shape.
+    """
+    optimizer, parameter = _dummy(optimizer_class, group)
+    _initialise(optimizer)
+    before = copy.deepcopy(dict(optimizer.state[parameter]))
+    optimizer.step()
+    initial: dict[str, float | None] = {}
+    scalars: dict[str, float] = {}
+    for name, value in optimizer.state[parameter].items():
+        first = before.get(name)
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            initial[name] = None if first is None else float(first.flatten()[0])
+        elif isinstance(value, Tensor) and value.ndim == 0 or _is_number(value):
+            scalars[name] = float(first if first is not None else 0.0)
+        elif value is not None:
+            raise OptimizerError(
+                f"{optimizer_class.__name__} keeps {name!r} as {_describe(value)}; only numbers and tensors of the "
+                f"parameter's shape can be kept in a subspace. {WHAT_CAN_BE_LOWERED}"
+            )
+    return StateLayout(initial, scalars)
+
+
+def trace_step(
+    optimizer_class: type[torch.optim.Optimizer],
+    group: Mapping[str, Any],
+    layout: StateLayout,
+    scalars: Mapping[str, float],
+    *,
+    first: bool,
+) -> TracedStep:
+    """Traces one step.
+
+    Args:
+        optimizer_class: any class of ``torch.optim`` that treats the elements of a parameter alike.
+        group: a param group of it (floats are replaced by symbols, the rest is baked in).
+        layout: its state, from ``state_layout``.
+        scalars: current value of every float of the group and every scalar state (``state.`` before its name);
+            branches are taken for these.
+        first: whether states that the first step creates are still absent.
+
+    Raises:
+        OptimizerError: the step cannot be traced; names the class and the cause.
+    """
+    optimizer, parameter = _dummy(optimizer_class, group)
+    shape_env = ShapeEnv()
+    fake_mode = FakeTensorMode(shape_env=shape_env)
+    symbols: dict[str, sympy.Symbol] = {}
+    values: dict[str, Any] = {}
+    for name, value in scalars.items():
+        source = ConstantSource(name)
+        symbol = shape_env.create_unspecified_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        symbols[name] = symbol
+        values[name] = shape_env.create_symfloatnode(symbol, hint=value, source=source)
+    tensors = tuple(name for name, value in layout.initial.items() if not (first and value is None))
+    new_tensors, new_scalars = tuple(layout.initial), tuple(layout.scalars)
+    names = tuple(scalars)
+
+    def step(weight: Tensor, grad: Tensor, states: list[Tensor], floats: list[Any]) -> Any:
+        live = dict(zip(names, floats, strict=True))
+        traced = object.__new__(optimizer_class)
+        traced.__dict__.update(optimizer_internals(optimizer))
+        traced.param_groups = [{**_with_floats(optimizer.param_groups[0], live), "params": [weight]}]
+        cells = {name: _ScalarCell(live[STATE_PREFIX + name]) for name in new_scalars}
+        traced.state = collections.defaultdict(dict)
+        state = traced.state[weight]
+        state.update(cells)
+        state.update(zip(tensors, states, strict=True))
+        weight.grad = grad
+        traced.step()
+        return weight, [state[name] for name in new_tensors], [_value_of(state[name]) for name in new_scalars]
+
+    fake = fake_mode.from_tensor(parameter.detach().clone())
+    states = [fake_mode.from_tensor(torch.zeros(_SHAPE)) for _ in tensors]
+    functional = torch.func.functionalize(step, remove="mutations_and_views")
+    try:
+        with torch.no_grad():
+            gm = make_fx(functional, tracing_mode="real")(
+                fake, fake_mode.from_tensor(torch.zeros(_SHAPE)), states, list(values.values())
+            )
+    except Exception as error:
+        raise OptimizerError(
+            f"a step of {optimizer_class.__name__} cannot be traced ({error}). {WHAT_CAN_BE_LOWERED}"
+        ) from error
+    _name_placeholders(gm, ("weight", "grad", *tensors, *names))
+    return TracedStep(
+        _drop_bookkeeping(gm),
+        tensors,
+        new_tensors,
+        names,
+        new_scalars,
+        tuple(guard.expr for guard in shape_env.guards),
+        symbols,
+    )
+
+
+class _ScalarCell(torch.Tensor):
+    """A scalar state that computes with a SymFloat where the optimizer thinks it holds a 0-d tensor."""
+
+    value: Any
+
+    @staticmethod
+    def __new__(cls, value: Any) -> "_ScalarCell":
+        return torch.Tensor._make_subclass(cls, torch.empty((), device="meta"))
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def item(self) -> Any:
+        return self.value
+
+    def __iadd__(self, other: Any) -> Any:
+        self.value = self.value + other
+        return self
+
+    def __imul__(self, other: Any) -> Any:
+        self.value = self.value * other
+        return self
+
+    def __add__(self, other: Any) -> Any:
+        return self.value + other
+
+    def __mul__(self, other: Any) -> Any:
+        return self.value * other
+
+    def __sub__(self, other: Any) -> Any:
+        return self.value - other
+
+    def __rsub__(self, other: Any) -> Any:
+        return other - self.value
+
+    def __rpow__(self, other: Any) -> Any:
+        return other**self.value
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+
+def _dummy(
+    optimizer_class: type[torch.optim.Optimizer], group: Mapping[str, Any]
+) -> tuple[torch.optim.Optimizer, torch.nn.Parameter]:
+    parameter = torch.nn.Parameter(torch.ones(_SHAPE))
+    parameter.grad = torch.ones(_SHAPE)
+    settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    optimizer = optimizer_class([parameter])  # type: ignore[call-arg]
+    optimizer.param_groups[0].update({**settings, **{k: v for k, v in _SWITCHES.items() if k in settings}})
+    return optimizer, parameter
+
+
+def _initialise(optimizer: torch.optim.Optimizer) -> None:
+    """Lets the class make its lazy state, by the method that every class of ``torch.optim`` has for it."""
+    initialise = getattr(optimizer, "_init_group", None)
+    if initialise is None:
+        raise OptimizerError(
+            f"{type(optimizer).__name__} is not built like the classes of torch.optim that can be lowered "
+            f"(it has no _init_group). {WHAT_CAN_BE_LOWERED}"
+        )
+    num_lists = len(inspect.signature(initialise).parameters) - 1
+    initialise(optimizer.param_groups[0], *([] for _ in range(num_lists)))
+
+
+def _with_floats(group: Mapping[str, Any], floats: Mapping[str, Any]) -> dict[str, Any]:
+    replaced = dict(group)
+    for key, value in group.items():
+        if key in floats:
+            replaced[key] = floats[key]
+        elif isinstance(value, tuple) and f"{key}.0" in floats:
+            replaced[key] = tuple(floats[f"{key}.{i}"] for i in range(len(value)))
+    return replaced
+
+
+def _name_placeholders(gm: fx.GraphModule, names: tuple[str, ...]) -> None:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    assert len(placeholders) == len(names), (placeholders, names)
+    for node, name in zip(placeholders, names, strict=True):
+        node.meta["galore_fx"] = {"input": name}
+
+
+def _drop_bookkeeping(gm: fx.GraphModule) -> fx.GraphModule:
+    """Removes the profiler's marks, the cells' empty tensors and the copies back into the inputs."""
+    for node in reversed(list(gm.graph.nodes)):
+        target = str(node.target)
+        dead_copy = target.startswith("aten.copy_") and not node.users
+        if node.op == "call_function" and (dead_copy or target.startswith("profiler.")):
+            gm.graph.erase_node(node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _value_of(state: Any) -> Any:
+    return state.value if isinstance(state, _ScalarCell) else state
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,402 @@
+"""The optimizer that steps a compiled model: the user's ``torch.optim`` class, lowered into subspaces.
+
+One *window* is what lies between two calls of ``step()``: one forward and backward, or several micro-batches.
+
+    deferred      backward: R and full gradients are kept and added up  |  step(): norm, clip, update all, refresh
+    in-backward   backward: each parameter is updated when its gradient is complete  |  step(): closes the window
+
+A basis that is due is renewed in two ways. Exact SVD: the window's backwards deliver the full gradient of what is
+due; ``step()`` computes the new basis, projects with it and updates. Subspace iteration: the backward of the first
+micro-batch also delivers the sketch ``G^T G P``; the update still uses the old basis, the new one holds from the next
+window on. So the basis is constant inside a window and accumulated gradients are exact.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from galore_fx.errors import OptimizerError, UsageError
+from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.refresh_schedule import FixedSchedule
+from galore_fx.runtime.subspace import exact_basis, orthonormalize, project
+
+STATE_VERSION = 1
+
+
+class Layout(Protocol):
+    """What the optimizer class keeps per parameter: fill value of each tensor, value of each number."""
+
+    @property
+    def initial(self) -> Mapping[str, float | None]: ...
+
+    @property
+    def scalars(self) -> Mapping[str, float]: ...
+
+
+class Updates(Protocol):
+    """One optimizer step of one parameter, made from the user's class by the passes."""
+
+    def layout(self, group: Mapping[str, Any]) -> Layout: ...
+
+    def update(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        record: ProjectedParameter | None,
+        scale: float,
+        *,
+        first: bool,
+    ) -> None: ...
+
+
+@dataclasses.dataclass
+class Counters:
+    """What has happened so far; saved with the state.
+
+    Attributes:
+        num_updates: finished optimizer steps.
+        num_skipped: steps (deferred) or single parameters' updates (in-backward) left out for NaN or Inf.
+        num_refreshes: bases renewed.
+        num_failed_refreshes: refreshes that kept the old basis: the gradient was not finite, zero, or the SVD failed.
+    """
+
+    num_updates: int = 0
+    num_skipped: int = 0
+    num_refreshes: int = 0
+    num_failed_refreshes: int = 0
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """Steps all parameters of a compiled model.
+
+    Args:
+        param_groups: of the model's own parameters, as the user's class made them. Shared, not copied: a scheduler
+            built on the user's instance still steers this one.
+        defaults: of the user's class; schedulers look into them.
+        updates: the lowered step.
+        records: the projected parameters.
+        layers: for each record, the index of its region; regions take turns in refreshing.
+        schedule: when they refresh.
+        exact: exact SVD instead of subspace iteration.
+        scale: factor of back-projected updates.
+        in_backward: update inside the backward.
+        max_grad_norm: clip before each update, None for not.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        defaults: dict[str, Any],
+        *,
+        updates: Updates,
+        records: list[ProjectedParameter],
+        layers: list[int],
+        schedule: FixedSchedule,
+        exact: bool,
+        scale: float,
+        in_backward: bool,
+        max_grad_norm: float | None,
+    ) -> None:
+        super().__init__([{**group} for group in param_groups], defaults)
+        self.param_groups = param_groups
+        self.counters = Counters()
+        self.refresh_time_s = 0.0
+        self.grad_norm: float | None = None
+        self.in_backward = in_backward
+        self.max_grad_norm = max_grad_norm
+        self._updates = updates
+        self._records = {id(record.weight): record for record in records}
+        self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
+        self._schedule = schedule
+        self._exact = exact
+        self._scale = scale
+        self._due: set[int] = set()
+        self._sketches: dict[int, Tensor] = {}
+        self._updated: set[int] = set()
+        self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for parameter in self._parameters():
+            self.state[parameter] = self._new_state(parameter)
+        self._open_window()
+        self._install_hooks()
+
+    # What the user calls.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Updates the parameters (deferred), or closes the window in which the backward has updated them.
+
+        Where a gradient is not finite nothing is updated, and the step is counted as skipped.
+
+        Args:
+            closure: evaluates the model again and returns the loss; called first, with grad enabled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if self.in_backward:
+                self._close_window(bool(self._updated))
+            else:
+                self._step_deferred()
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips the 2-norm of all gradients together: projected ones as they are, full ones elsewhere.
+
+        ``torch.nn.utils.clip_grad_norm_(model.parameters())`` sees only full-rank gradients; call this instead.
+
+        Args:
+            max_norm: norm above which all gradients are scaled down to it.
+
+        Returns:
+            The norm before clipping, 0-d.
+
+        Raises:
+            UsageError: in in-backward mode, where the gradients are gone.
+        """
+        if self.in_backward:
+            raise UsageError(
+                "clip_grad_norm_ needs all gradients at once, but update='in-backward' consumes each inside the "
+                "backward; compile with update='deferred' to clip"
+            )
+        with torch.no_grad():
+            grads = [grad for _, grad in self._collect()]
+            norm = torch.nn.utils.get_total_norm(grads)
+            torch.nn.utils.clip_grads_with_norm_(
+                [holder for holder in self._holders() if holder.grad is not None], max_norm, norm
+            )
+        return norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients of the window, projected ones too."""
+        super().zero_grad(set_to_none)
+        for record in self._records.values():
+            record.clear()
+        self._sketches.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim``: tensors and numbers only; ``galore_fx`` holds the counters and pending refreshes."""
+        saved = super().state_dict()
+        positions = self._positions()
+        saved["galore_fx"] = {
+            "version": STATE_VERSION,
+            **dataclasses.asdict(self.counters),
+            "due": sorted(positions[key] for key in self._due),
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state, copied in place with the dtypes kept; bit-identical to not having stopped.
+
+        Raises:
+            OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
+        """
+        extra = state_dict.get("galore_fx")
+        if extra is None or extra.get("version") != STATE_VERSION:
+            raise OptimizerError(
+                "this state was not saved by galore_fx "
+                f"(version {STATE_VERSION}); it has {sorted(state_dict)}. Save model.galore_fx.optimizer.state_dict()"
+            )
+        parameters = list(self._parameters())
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in saved_groups] != sizes:
+            raise OptimizerError(
+                f"the saved state has groups of {[len(group['params']) for group in saved_groups]} parameters, "
+                f"this optimizer has {sizes}"
+            )
+        states = [state_dict["state"][i] for group in saved_groups for i in group["params"]]
+        for parameter, saved in zip(parameters, states, strict=True):
+            _check_same(self.state[parameter], saved)
+        for parameter, saved in zip(parameters, states, strict=True):
+            for name, value in self.state[parameter].items():
+                value.copy_(saved[name])
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        fields = {field.name for field in dataclasses.fields(Counters)}
+        self.counters = Counters(**{key: value for key, value in extra.items() if key in fields})
+        self._due = {id(parameters[i]) for i in extra["due"]}
+        self.zero_grad()
+        self._updated.clear()
+        self._set_forms()
+
+    @property
+    def records(self) -> Iterable[ProjectedParameter]:
+        """The projected parameters."""
+        return self._records.values()
+
+    # Windows.
+
+    def _open_window(self) -> None:
+        for key, layer in self._layers.items():
+            if self._schedule.is_due(layer, self.counters.num_updates):
+                self._due.add(key)
+        self._set_forms()
+
+    def _set_forms(self) -> None:
+        """Fixed for the window, so that a recomputed forward is the same as the first."""
+        wanted = GradientForm.FULL if self._exact else GradientForm.SKETCHED
+        for key, record in self._records.items():
+            record.form = wanted if key in self._due else GradientForm.PROJECTED
+
+    def _close_window(self, updated: bool) -> None:
+        self.zero_grad()
+        self._updated.clear()
+        if updated:
+            self.counters.num_updates += 1
+            self._open_window()
+
+    # Deferred.
+
+    def _step_deferred(self) -> None:
+        gradients = self._collect()
+        if not gradients:
+            return
+        norm = torch.nn.utils.get_total_norm([grad for _, grad in gradients])
+        self.grad_norm = float(norm)
+        if not torch.isfinite(norm):
+            self.counters.num_skipped += 1
+            self._close_window(False)
+            return
+        if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:
+            self.clip_grad_norm_(self.max_grad_norm)
+        for parameter, grad in gradients:
+            self._update(parameter, grad)
+        for key in list(self._sketches):
+            self._apply_sketch(self._records[key])
+        self._close_window(True)
+
+    def _collect(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with its gradient, projected where it is; full gradients of what is due are consumed."""
+        gradients = []
+        for parameter in self._parameters():
+            record = self._records.get(id(parameter))
+            if record is not None and parameter.grad is not None:
+                self._project_full(record, parameter.grad)
+            holder = record.leaf if record is not None else parameter
+            if holder.grad is not None:
+                gradients.append((parameter, holder.grad))
+        return gradients
+
+    def _holders(self) -> Iterable[Tensor]:
+        for parameter in self._parameters():
+            record = self._records.get(id(parameter))
+            yield record.leaf if record is not None else parameter
+
+    def _project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
+        """Renews the basis from the full gradient, and leaves the projected gradient in its place."""
+        self._renew(record, lambda: exact_basis(grad, record.rank, record.dim))
+        record.leaf.grad = project(grad, record.basis, record.dim)
+        record.weight.grad = None
+
+    # In the backward.
+
+    def _install_hooks(self) -> None:
+        for parameter in self._parameters():
+            record = self._records.get(id(parameter))
+            if record is not None:
+                record.sketch_leaf.register_post_accumulate_grad_hook(self._sketch_hook(record))
+            if not self.in_backward:
+                continue
+            parameter.register_post_accumulate_grad_hook(self._gradient_hook(parameter, record))
+            if record is not None:
+                record.leaf.register_post_accumulate_grad_hook(self._gradient_hook(parameter, record))
+
+    def _sketch_hook(self, record: ProjectedParameter) -> Callable[[Tensor], None]:
+        """Keeps the first micro-batch's sketch and drops the others'."""
+
+        def keep(leaf: Tensor) -> None:
+            assert leaf.grad is not None
+            self._sketches.setdefault(id(record.weight), leaf.grad)
+            leaf.grad = None
+            if self.in_backward and id(record.weight) in self._updated:
+                self._apply_sketch(record)
+
+        return keep
+
+    def _gradient_hook(self, parameter: nn.Parameter, record: ProjectedParameter | None) -> Callable[[Tensor], None]:
+        def update(holder: Tensor) -> None:
+            if id(parameter) in self._updated:
+                raise UsageError(
+                    "a second backward before optimizer.step(): update='in-backward' has consumed the gradients of "
+                    "the first and cannot add to them. Call model.galore_fx.optimizer.step() after each backward, "
+                    "or compile with update='deferred' to accumulate gradients"
+                )
+            with torch.no_grad():
+                if record is not None and parameter.grad is not None:
+                    self._project_full(record, parameter.grad)
+                    holder = record.leaf
+                assert holder.grad is not None
+                if torch.isfinite(holder.grad).all():
+                    self._update(parameter, holder.grad)
+                else:
+                    self.counters.num_skipped += 1
+                holder.grad = None
+                self._updated.add(id(parameter))
+                if record is not None and id(parameter) in self._sketches:
+                    self._apply_sketch(record)
+
+        return update
+
+    # One parameter.
+
+    def _update(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        state = self.state[parameter]
+        record = self._records.get(id(parameter))
+        started = state.get("started")
+        first = started is not None and float(started) == 0.0
+        self._updates.update(parameter, grad, state, self._groups[id(parameter)], record, self._scale, first=first)
+        if started is not None:
+            started.fill_(1.0)
+
+    def _apply_sketch(self, record: ProjectedParameter) -> None:
+        with torch.no_grad():
+            sketch = self._sketches.pop(id(record.weight))
+            self._renew(record, lambda: orthonormalize(sketch))
+
+    def _renew(self, record: ProjectedParameter, make: Callable[[], Tensor | None]) -> None:
+        start = time.perf_counter()
+        basis = make()
+        if basis is None:
+            self.counters.num_failed_refreshes += 1
+        else:
+            record.basis.copy_(basis)
+            self.counters.num_refreshes += 1
+            self._due.discard(id(record.weight))
+        self.refresh_time_s += time.perf_counter() - start
+
+    def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        layout = self._updates.layout(self._groups[id(parameter)])
+        record = self._records.get(id(parameter))
+        like = record.leaf if record is not None else parameter
+        state = {
+            name: torch.full(like.shape, value or 0.0, dtype=parameter.dtype, device=parameter.device)
+            for name, value in layout.initial.items()
+        }
+        state |= {name: torch.tensor(value, dtype=torch.float32) for name, value in layout.scalars.items()}
+        if None in layout.initial.values():
+            # Some of the state is made by the first step (SGD's momentum), whose graph is another one.
+            state["started"] = torch.tensor(0.0)
+        return state | ({"basis": record.basis} if record is not None else {})
+
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        return (p for group in self.param_groups for p in group["params"])
+
+    def _positions(self) -> dict[int, int]:
+        return {id(p): i for i, p in enumerate(self._parameters())}
+
+
+def _check_same(state: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    mine = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+    theirs = {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}
+    if mine != theirs:
+        raise OptimizerError(
+            f"the saved state does not fit: it holds {theirs}, this optimizer keeps {mine}. "
+            "Compile with the recipe, rank and optimizer class that the state was saved with"
+        )

@@ -1,0 +1,117 @@
+"""Low-rank subspaces of a gradient: which side, how a basis is found, how a gradient is projected.
+
+    COLS   basis P (n, r)   R = G P      (m, r)   U = N P^T
+    ROWS   basis P (m, r)   R = P^T G    (r, n)   U = P N
+
+A basis always has the shape (size of the projected dimension, rank) with orthonormal columns.
+"""
+
+import enum
+
+import torch
+from torch import Tensor
+
+# Largest |P^T P - I| that is accepted from the Cholesky factorisations before Householder QR takes over.
+ORTHONORMAL_TOLERANCE = 1e-5
+
+
+class ProjectedDim(enum.Enum):
+    """Which dimension of an (m, n) gradient shrinks to the rank."""
+
+    ROWS = "rows"
+    COLS = "cols"
+
+    def basis_shape(self, shape: tuple[int, int], rank: int) -> tuple[int, int]:
+        """(m, r) for ROWS, (n, r) for COLS."""
+        return (shape[0] if self is ProjectedDim.ROWS else shape[1], rank)
+
+    def projected_shape(self, shape: tuple[int, int], rank: int) -> tuple[int, int]:
+        """(r, n) for ROWS, (m, r) for COLS."""
+        return (rank, shape[1]) if self is ProjectedDim.ROWS else (shape[0], rank)
+
+
+def project(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
+    """Coordinates of a gradient in the subspace: ``P^T G`` (r, n) for ROWS, ``G P`` (m, r) for COLS.
+
+    Source: GaLore, Zhao et al. 2024, arXiv:2403.03507, section 3.
+    """
+    return basis.T @ grad if dim is ProjectedDim.ROWS else grad @ basis
+
+
+def add_back_projection_(weight: Tensor, update: Tensor, basis: Tensor, dim: ProjectedDim, decay: float) -> None:
+    """``W <- decay * W + back_project(update)`` in place, in one matrix product and without an (m, n) temporary.
+
+    Args:
+        weight: (m, n), changed.
+        update: (r, n) for ROWS, (m, r) for COLS, already scaled.
+        basis: (m, r) or (n, r).
+        dim: the projected dimension.
+        decay: factor of the weight, 1.0 to leave it.
+    """
+    update = update.to(weight.dtype)
+    if dim is ProjectedDim.ROWS:
+        weight.addmm_(basis, update, beta=decay)
+    else:
+        weight.addmm_(update, basis.T, beta=decay)
+
+
+def exact_basis(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
+    """The leading singular vectors of a gradient, by LAPACK's or cuSOLVER's SVD in float32.
+
+    Returns:
+        (m, r) left vectors for ROWS, (n, r) right vectors for COLS, in the gradient's dtype; None where the
+        gradient is not finite or the SVD does not converge, so that the caller keeps the old basis.
+
+    Source: GaLore, arXiv:2403.03507, algorithm 2.
+    """
+    if not bool(torch.isfinite(grad).all()):
+        return None
+    try:
+        left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
+    except torch.linalg.LinAlgError:
+        return None
+    vectors = left[:, :rank] if dim is ProjectedDim.ROWS else right[:rank].T
+    return vectors.to(grad.dtype).contiguous()
+
+
+def random_basis(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Orthonormal columns of a Gaussian matrix: (size, r), float32, on the generator's device."""
+    gaussian = torch.randn(shape, generator=generator, device=generator.device)
+    return torch.linalg.qr(gaussian).Q
+
+
+def orthonormalize(sketch: Tensor) -> Tensor | None:
+    """Orthonormal columns spanning those of ``sketch``, by shifted Cholesky QR, three passes of it.
+
+    The columns are first scaled to norm one, which takes the graded scale out of ``G^T G P`` (column i is about
+    sigma_i^2 long) and is most of its ill-conditioning. The first pass is shifted so that the factorisation
+    exists; two more restore orthogonality. Where the result still misses ``ORTHONORMAL_TOLERANCE``, Householder
+    QR is used.
+
+    Args:
+        sketch: (size, r) with size >= r, any floating dtype.
+
+    Returns:
+        (size, r), float32; None where the sketch is not finite or zero.
+
+    Source: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa 2020, "Shifted Cholesky QR for computing the QR
+    factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42(1).
+    """
+    sketch = sketch.float()
+    norms = torch.linalg.vector_norm(sketch, dim=0)
+    largest = norms.max()
+    if not bool(torch.isfinite(largest)) or float(largest) == 0.0:
+        return None
+    basis = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    size, rank = basis.shape
+    identity = torch.eye(rank, device=basis.device)
+    # 11 (size r + r (r + 1)) u ||A||^2 with ||A||^2 <= r after the scaling: the bound of the source.
+    shift = 11 * (size * rank + rank * (rank + 1)) * 2.0**-24 * float(rank)
+    for extra in (min(shift, 1e-2), 0.0, 0.0):
+        factor, info = torch.linalg.cholesky_ex(basis.T @ basis + extra * identity)
+        if int(info) != 0:
+            return torch.linalg.qr(sketch).Q
+        basis = torch.linalg.solve_triangular(factor.T, basis, upper=True, left=False)
+    if not float((basis.T @ basis - identity).abs().max()) <= ORTHONORMAL_TOLERANCE:
+        return torch.linalg.qr(sketch).Q
+    return basis
