@@ -1,9 +1,9 @@
 """galore_fx: train all parameters of a large model inside a given GPU memory budget.
 
-    model = galore_fx.compile(model, budget="16GB", optimizer=functools.partial(torch.optim.AdamW, lr=1e-3))
-    loss = model(**batch).loss
-    loss.backward()
-    model.galore_fx.optimizer.step()
+model = galore_fx.compile(model, budget="16GB", optimizer=functools.partial(torch.optim.AdamW, lr=1e-3))
+loss = model(**batch).loss
+loss.backward()
+model.galore_fx.optimizer.step()
 """
 
 from galore_fx.compilation import compile as compile

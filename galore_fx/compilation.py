@@ -16,7 +16,12 @@ from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe, resolve_recipe
 from galore_fx.runtime.compatibility import dispatch_compiler
-from galore_fx.runtime.dispatch import ClearingZeroGrad, CompiledForward, TrainingForward, own_code_object
+from galore_fx.runtime.dispatch import (
+    ClearingZeroGrad,
+    CompiledForward,
+    TrainingForward,
+    own_code_object,
+)
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.projected_parameter import REGISTRY, ProjectedParameter
 from galore_fx.runtime.refresh_schedule import SUBSPACE_ITERATION_WARM_UP, FixedSchedule
@@ -118,7 +123,7 @@ def _decide(
         updates.check(group)
     if sample is not None:
         check_sample(model, sample)
-    layout = updates.layout(instance.param_groups[0])
+    layout = updates.layout(updates.read(instance.param_groups[0]), instance.param_groups[0])
     made = plan_parameters(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         regions,
@@ -149,9 +154,7 @@ def _make_records(decisions: _Decisions) -> tuple[list[ProjectedParameter], list
     return records, layers
 
 
-def _make_optimizer(
-    decisions: _Decisions, records: list[ProjectedParameter], layers: list[int]
-) -> SubspaceOptimizer:
+def _make_optimizer(decisions: _Decisions, records: list[ProjectedParameter], layers: list[int]) -> SubspaceOptimizer:
     recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
     schedule = FixedSchedule(
         recipe.refresh_gap, len(decisions.regions), recipe.stagger, 1 if exact else SUBSPACE_ITERATION_WARM_UP
@@ -181,7 +184,7 @@ def _install(model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimiz
                 own_code_object(function), compiler, recompile_limit=_RECOMPILE_LIMIT
             )
         module = region.module
-        module.forward = CompiledForward(module, module.forward, compiled[function])  # type: ignore[method-assign]
-    model.forward = TrainingForward(model, model.forward)  # type: ignore[method-assign]
-    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
+        module.forward = CompiledForward(module, module.forward, compiled[function])
+    model.forward = TrainingForward(model, model.forward)
+    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)
     return compiler

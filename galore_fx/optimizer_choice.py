@@ -32,7 +32,8 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
         target = choice.func if isinstance(choice, functools.partial) else choice
         if not (isinstance(target, type) and issubclass(target, torch.optim.Optimizer)):
             raise OptimizerError(f"optimizer={choice!r} is not {_ALLOWED}")
-        instance = choice([p for p in model.parameters() if p.requires_grad])
+        make: Callable[..., torch.optim.Optimizer] = choice
+        instance = make([p for p in model.parameters() if p.requires_grad])
     given = {id(p) for group in instance.param_groups for p in group["params"]}
     foreign = len(given - trained.keys())
     if foreign:

@@ -1,15 +1,15 @@
 """What to do to each weight, as data: a ``Recipe`` is a set of orthogonal parts, a published system a named value.
 
-    part          values
-    rank          int, or fraction of the shorter side
-    project       shorter (GaLore's rule) | input | output
-    basis         svd | subspace-iteration
-    refresh       fixed
-    refresh_gap   updates between two refreshes of the same basis
-    stagger       spread the refreshes of the layers over the gap
-    scale         GaLore's alpha: a fractional learning rate of what is projected
-    update        deferred | in-backward
-    max_grad_norm clip the gradients before each update; None: no clipping (deferred only)
+part          values
+rank          int, or fraction of the shorter side
+project       shorter (GaLore's rule) | input | output
+basis         svd | subspace-iteration
+refresh       fixed
+refresh_gap   updates between two refreshes of the same basis
+stagger       spread the refreshes of the layers over the gap
+scale         GaLore's alpha: a fractional learning rate of what is projected
+update        deferred | in-backward
+max_grad_norm clip the gradients before each update; None: no clipping (deferred only)
 """
 
 import dataclasses
@@ -115,7 +115,9 @@ def _check(recipe: Recipe) -> None:
     if isinstance(rank, int) and rank < 1:
         raise SettingError(f"rank={rank!r} must be at least 1")
     if isinstance(rank, float) and not 0.0 < rank <= 1.0:
-        raise SettingError(f"rank={rank!r}: as a fraction of the shorter side it must lie in (0, 1]; give an int for more")
+        raise SettingError(
+            f"rank={rank!r}: as a fraction of the shorter side it must lie in (0, 1]; give an int for more"
+        )
     for part, values in (("project", Project), ("basis", Basis), ("refresh", Refresh), ("update", Update)):
         if getattr(recipe, part) not in get_args(values):
             raise SettingError(f"{part}={getattr(recipe, part)!r} is not one of {', '.join(get_args(values))}")

@@ -38,7 +38,9 @@ def run_passes(
         result = graph_pass(gm, example_inputs)
         done = ", ".join(record.name for record in records) or "none"
         if not isinstance(result, fx.GraphModule):
-            raise RuntimeError(f"pass {name} returned a {type(result).__name__}, not a GraphModule (ran before: {done})")
+            raise RuntimeError(
+                f"pass {name} returned a {type(result).__name__}, not a GraphModule (ran before: {done})"
+            )
         gm = result
         try:
             gm.graph.lint()

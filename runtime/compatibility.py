@@ -4,16 +4,20 @@ Everything else in the package uses public names only.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx as _compile_fx
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutput
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.profiler import profile
+from torch.utils._sympy.printers import PythonPrinter
 
 F_LINEAR = torch._C._nn.linear
 
@@ -24,8 +28,10 @@ __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
     "compile_graph",
+    "condition_of",
     "current_tracing_context",
     "dispatch_compiler",
+    "memory_events",
     "optimizer_internals",
     "tracing",
 ]
@@ -33,7 +39,7 @@ __all__ = [
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
     """AOTAutograd and Inductor on a torch-level graph; ``inputs`` may be fake."""
-    return _compile_fx.compile_fx(gm, list(inputs))  # type: ignore[no-any-return, arg-type]
+    return _compile_fx.compile_fx(gm, list(inputs))  # type: ignore[return-value, arg-type]
 
 
 def current_tracing_context() -> TracingContext:
@@ -71,3 +77,16 @@ def optimizer_internals(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The instance attributes of an optimizer, to build a second one around traced values."""
     return dict(optimizer.__dict__)
 
+
+def memory_events(profiler: profile) -> list[tuple[int, int]]:
+    """(time in ns, bytes) of every allocation (positive) and release (negative) on the CPU, in the order of time."""
+    events: list[Any] = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_index() == -1]
+    return sorted(changes, key=lambda change: change[0])
+
+
+def condition_of(guards: Sequence[sympy.Basic], symbols: Sequence[sympy.Symbol]) -> Callable[[tuple[float, ...]], bool]:
+    """Guards of a ShapeEnv as one Python function of the symbols' values, given in order."""
+    printed = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
+    names = ", ".join(str(symbol) for symbol in symbols)
+    return eval(f"lambda values: (lambda {names}: {printed})(*values)", {"math": math})  # type: ignore[no-any-return]

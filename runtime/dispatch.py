@@ -101,7 +101,8 @@ class ClearingZeroGrad(_StandIn):
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
     for config in configs.values():
         config.use_cache = False
     try:

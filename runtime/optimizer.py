@@ -40,7 +40,9 @@ class Layout(Protocol):
 class Updates(Protocol):
     """One optimizer step of one parameter, made from the user's class by the passes."""
 
-    def layout(self, group: Mapping[str, Any]) -> Layout: ...
+    def read(self, group: Mapping[str, Any]) -> Any: ...
+
+    def layout(self, settings: Any, group: Mapping[str, Any]) -> Layout: ...
 
     def update(
         self,
@@ -48,6 +50,7 @@ class Updates(Protocol):
         grad: Tensor,
         state: dict[str, Tensor],
         group: Mapping[str, Any],
+        settings: Any,
         record: ProjectedParameter | None,
         scale: float,
         *,
@@ -119,6 +122,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._due: set[int] = set()
         self._sketches: dict[int, Tensor] = {}
         self._updated: set[int] = set()
+        self._settings: dict[int, Any] = {}
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
@@ -127,7 +131,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     # What the user calls.
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the parameters (deferred), or closes the window in which the backward has updated them.
 
         Where a gradient is not finite nothing is updated, and the step is counted as skipped.
@@ -247,6 +251,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _close_window(self, updated: bool) -> None:
         self.zero_grad()
+        self._settings.clear()
         self._updated.clear()
         if updated:
             self.counters.num_updates += 1
@@ -351,9 +356,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         record = self._records.get(id(parameter))
         started = state.get("started")
         first = started is not None and float(started) == 0.0
-        self._updates.update(parameter, grad, state, self._groups[id(parameter)], record, self._scale, first=first)
+        group = self._groups[id(parameter)]
+        settings = self._settings_of(group)
+        self._updates.update(parameter, grad, state, group, settings, record, self._scale, first=first)
         if started is not None:
             started.fill_(1.0)
+
+    def _settings_of(self, group: dict[str, Any]) -> Any:
+        """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""
+        if id(group) not in self._settings:
+            self._settings[id(group)] = self._updates.read(group)
+        return self._settings[id(group)]
 
     def _apply_sketch(self, record: ProjectedParameter) -> None:
         with torch.no_grad():
@@ -372,7 +385,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.refresh_time_s += time.perf_counter() - start
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        layout = self._updates.layout(self._groups[id(parameter)])
+        group = self._groups[id(parameter)]
+        layout = self._updates.layout(self._updates.read(group), group)
         record = self._records.get(id(parameter))
         like = record.leaf if record is not None else parameter
         state = {

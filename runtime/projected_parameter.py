@@ -58,7 +58,9 @@ class ProjectedParameter:
     form: GradientForm = GradientForm.PROJECTED
 
     @classmethod
-    def create(cls, name: str, weight: nn.Parameter, dim: ProjectedDim, rank: int, basis: Tensor) -> "ProjectedParameter":
+    def create(
+        cls, name: str, weight: nn.Parameter, dim: ProjectedDim, rank: int, basis: Tensor
+    ) -> "ProjectedParameter":
         """A record with fresh leaves around an existing basis."""
         shape = (weight.shape[0], weight.shape[1])
         leaf = storage_free_leaf(dim.projected_shape(shape, rank), weight)

@@ -68,16 +68,16 @@ def exact_basis(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
         return None
     try:
         left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
-    vectors = left[:, :rank] if dim is ProjectedDim.ROWS else right[:rank].T
+    vectors: Tensor = left[:, :rank] if dim is ProjectedDim.ROWS else right[:rank].T
     return vectors.to(grad.dtype).contiguous()
 
 
 def random_basis(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Orthonormal columns of a Gaussian matrix: (size, r), float32, on the generator's device."""
     gaussian = torch.randn(shape, generator=generator, device=generator.device)
-    return torch.linalg.qr(gaussian).Q
+    return _householder(gaussian)
 
 
 def orthonormalize(sketch: Tensor) -> Tensor | None:
@@ -102,16 +102,22 @@ def orthonormalize(sketch: Tensor) -> Tensor | None:
     largest = norms.max()
     if not bool(torch.isfinite(largest)) or float(largest) == 0.0:
         return None
-    basis = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)
+    basis: Tensor = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)
     size, rank = basis.shape
     identity = torch.eye(rank, device=basis.device)
-    # 11 (size r + r (r + 1)) u ||A||^2 with ||A||^2 <= r after the scaling: the bound of the source.
-    shift = 11 * (size * rank + rank * (rank + 1)) * 2.0**-24 * float(rank)
-    for extra in (min(shift, 1e-2), 0.0, 0.0):
+    # The source's shift is 11 (size r + r (r + 1)) u ||A||^2, with ||A||^2 <= r after the scaling. It is a worst case;
+    # capped, the condition after the first pass is at most sqrt(r / 1e-2), which two passes make orthonormal.
+    shift = min(11 * (size * rank + rank * (rank + 1)) * 2.0**-24 * float(rank), 1e-2)
+    for extra in (shift, 0.0, 0.0):
         factor, info = torch.linalg.cholesky_ex(basis.T @ basis + extra * identity)
         if int(info) != 0:
-            return torch.linalg.qr(sketch).Q
+            return _householder(sketch)
         basis = torch.linalg.solve_triangular(factor.T, basis, upper=True, left=False)
     if not float((basis.T @ basis - identity).abs().max()) <= ORTHONORMAL_TOLERANCE:
-        return torch.linalg.qr(sketch).Q
+        return _householder(sketch)
+    return basis
+
+
+def _householder(matrix: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(matrix).Q
     return basis

@@ -49,7 +49,12 @@ def plan_parameters(
         scalar_bytes = num_state_scalars * _SCALAR_STATE_BYTES
         if linear is None:
             state_bytes = num_state_tensors * weight_bytes + scalar_bytes
-            sizes = {"weights": weight_bytes, "bases": 0, "optimizer_state": state_bytes, "gradients": weight_bytes}
+            sizes = {
+                "weights": weight_bytes,
+                "bases": 0,
+                "optimizer_state": state_bytes,
+                "gradients": weight_bytes,
+            }
             entries.append(ParameterPlan(name, tuple(parameter.shape), None, None, None, sizes))
             continue
         shape = (parameter.shape[0], parameter.shape[1])

@@ -1,7 +1,7 @@
 """Analysis: which nodes of a region's graph multiply an activation by a weight.
 
-    F.linear(x, W, b)       Y = X W^T + b    W (out, in)     layout OUT_IN
-    torch.addmm(b, x, W)    Y = X W + b      W (in, out)     layout IN_OUT   (transformers' Conv1D)
+F.linear(x, W, b)       Y = X W^T + b    W (out, in)     layout OUT_IN
+torch.addmm(b, x, W)    Y = X W + b      W (in, out)     layout IN_OUT   (transformers' Conv1D)
 """
 
 import dataclasses

@@ -9,6 +9,7 @@ ensures   the gradient of W is None; the gradient of Z is R; the new placeholder
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -70,13 +71,13 @@ def project_gradients(
 
 
 def _replace(graph: fx.Graph, site: LinearSite, extra: list[fx.Node], dim: ProjectedDim) -> None:
-    x, weight, bias = site.operands()
     basis, leaf, sketch_leaf = (*extra, None)[:3]
+    arguments: tuple[Any, ...] = (*site.operands(), basis, leaf, sketch_leaf, site.layout, dim)
     with graph.inserting_before(site.node):
-        node = graph.call_function(
-            ProjectedLinear.apply, (x, weight, bias, basis, leaf, sketch_leaf, site.layout, dim)
-        )
-    node.meta = {key: site.node.meta[key] for key in ("example_value", "nn_module_stack", "stack_trace") if key in site.node.meta}
+        node = graph.call_function(ProjectedLinear.apply, arguments)
+    node.meta = {
+        key: site.node.meta[key] for key in ("example_value", "nn_module_stack", "stack_trace") if key in site.node.meta
+    }
     node.meta["galore_fx"] = {"pass": "project_gradients"}
     site.node.replace_all_uses_with(node)
     graph.erase_node(site.node)

@@ -73,7 +73,7 @@ class ProjectedLinear(torch.autograd.Function):
         ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         """dX, None for W, db, None for P, R for the leaf, the sketch for its leaf."""
         x, weight, basis = ctx.saved_tensors

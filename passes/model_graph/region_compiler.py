@@ -90,9 +90,7 @@ class CapturedRegion:
         fake_mode = self._context.fake_mode
         assert fake_mode is not None
         extra = [
-            fake_mode.from_tensor(value, static_shapes=True)
-            for _, record in wanted
-            for value in record.graph_inputs()
+            fake_mode.from_tensor(value, static_shapes=True) for _, record in wanted for value in record.graph_inputs()
         ]
         passes: list[GraphPass] = [functools.partial(project_gradients, targets=targets)] if targets else []
         inputs = [*self._fakes, *extra]
@@ -127,5 +125,7 @@ def _graph_identity(gm: fx.GraphModule) -> tuple[object, ...] | None:
         value = node.meta["example_value"]
         if not isinstance(value, torch.Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
             return None
-        described.append((type(value), tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad))
+        described.append(
+            (type(value), tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+        )
     return tuple(described)

@@ -12,7 +12,7 @@ import collections
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from galore_fx.errors import OptimizerError
-from galore_fx.runtime.compatibility import FakeTensorMode, ShapeEnv, optimizer_internals
+from galore_fx.runtime.compatibility import FakeTensorMode, ShapeEnv, condition_of, optimizer_internals
 
 STATE_PREFIX = "state."
 WHAT_CAN_BE_LOWERED = (
@@ -57,7 +57,8 @@ class TracedStep:
         new_tensors: names of the state tensors that come out, in the order of the outputs after the weight.
         scalars: names of the scalar inputs: ``lr``, ``betas.0``, ``state.step``, ...
         new_scalars: names of the scalar states that come out last, without prefix.
-        guards: conditions on the scalars under which this graph is right, and the symbol of each scalar.
+        guards: conditions on the scalars, as sympy, under which this graph is right.
+        holds_for: whether all of them hold for the values of ``scalars``, given in order.
     """
 
     gm: fx.GraphModule
@@ -66,19 +67,32 @@ class TracedStep:
     scalars: tuple[str, ...]
     new_scalars: tuple[str, ...]
     guards: tuple[sympy.Basic, ...]
-    symbols: Mapping[str, sympy.Symbol]
+    holds_for: Callable[[tuple[float, ...]], bool]
 
-    def holds_for(self, values: Mapping[str, float]) -> bool:
-        """Whether every guard has the outcome it had in the trace, for these scalars."""
-        substitution = {self.symbols[name]: sympy.Float(values[name], 17) for name in self.scalars}
-        return all(bool(guard.xreplace(substitution)) for guard in self.guards)
+
+@dataclasses.dataclass(frozen=True)
+class GroupSettings:
+    """A param group, read once per step: what is live and what is baked into a graph.
+
+    Attributes:
+        floats: numbers by name, entries of tuples as ``name.index``.
+        switches: everything that is not a float, sorted by name.
+    """
+
+    floats: Mapping[str, float]
+    switches: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def read(cls, group: Mapping[str, Any]) -> "GroupSettings":
+        """The settings of a group now."""
+        return cls(group_floats(group), group_switches(group))
 
 
 def group_floats(group: Mapping[str, Any]) -> dict[str, float]:
     """The live scalars of a param group: numbers by name, entries of tuples as ``name.index``."""
     floats: dict[str, float] = {}
     for key, value in group.items():
-        if _is_number(value):
+        if _is_number(value) or (isinstance(value, Tensor) and value.ndim == 0):
             floats[key] = float(value)
         elif isinstance(value, tuple) and value and all(_is_number(entry) for entry in value):
             floats |= {f"{key}.{i}": float(entry) for i, entry in enumerate(value)}
@@ -88,7 +102,9 @@ def group_floats(group: Mapping[str, Any]) -> dict[str, float]:
 def group_switches(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The settings of a param group that are baked into a graph: everything that is not a float."""
     floats = group_floats(group)
-    names = [key for key in group if key not in ("params", "param_names") and key not in floats and f"{key}.0" not in floats]
+    names = [
+        key for key in group if key not in ("params", "param_names") and key not in floats and f"{key}.0" not in floats
+    ]
     return tuple((name, group[name]) for name in sorted(names))
 
 
@@ -180,15 +196,9 @@ def trace_step(
             f"a step of {optimizer_class.__name__} cannot be traced ({error}). {WHAT_CAN_BE_LOWERED}"
         ) from error
     _name_placeholders(gm, ("weight", "grad", *tensors, *names))
-    return TracedStep(
-        _drop_bookkeeping(gm),
-        tensors,
-        new_tensors,
-        names,
-        new_scalars,
-        tuple(guard.expr for guard in shape_env.guards),
-        symbols,
-    )
+    guards = tuple(guard.expr for guard in shape_env.guards)
+    check = condition_of(guards, [symbols[name] for name in names])
+    return TracedStep(_drop_bookkeeping(gm), tensors, new_tensors, names, new_scalars, guards, check)
 
 
 class _ScalarCell(torch.Tensor):

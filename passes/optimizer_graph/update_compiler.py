@@ -16,10 +16,9 @@ from torch import Tensor
 from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, LoweredStep, lower_to_subspace
 from galore_fx.passes.optimizer_graph.trace_step import (
     STATE_PREFIX,
+    GroupSettings,
     StateLayout,
     TracedStep,
-    group_floats,
-    group_switches,
     state_layout,
     trace_step,
 )
@@ -45,12 +44,15 @@ class UpdateCompiler:
         self._variants: dict[object, list[tuple[TracedStep, CompiledUpdate]]] = {}
         self._chosen: dict[object, CompiledUpdate] = {}
 
-    def layout(self, group: Mapping[str, Any]) -> StateLayout:
-        """What the class keeps per parameter under the settings of ``group``."""
-        key = group_switches(group), tuple(group_floats(group))
-        if key not in self._layouts:
-            self._layouts[key] = state_layout(self.optimizer_class, group)
-        return self._layouts[key]
+    def read(self, group: Mapping[str, Any]) -> GroupSettings:
+        """The settings of a param group as they are now, for ``layout`` and ``update``."""
+        return GroupSettings.read(group)
+
+    def layout(self, settings: GroupSettings, group: Mapping[str, Any]) -> StateLayout:
+        """What the class keeps per parameter under these settings."""
+        if settings.switches not in self._layouts:
+            self._layouts[settings.switches] = state_layout(self.optimizer_class, group)
+        return self._layouts[settings.switches]
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Traces and lowers a step without compiling it, so that what cannot be lowered fails at once.
@@ -58,8 +60,12 @@ class UpdateCompiler:
         Raises:
             OptimizerError: the class cannot be lowered.
         """
-        layout = self.layout(group)
-        scalars = {**group_floats(group), **{STATE_PREFIX + name: value for name, value in layout.scalars.items()}}
+        settings = self.read(group)
+        layout = self.layout(settings, group)
+        scalars = {
+            **settings.floats,
+            **{STATE_PREFIX + name: value for name, value in layout.scalars.items()},
+        }
         lower_to_subspace(trace_step(self.optimizer_class, group, layout, scalars, first=True), projected=True)
 
     def update(
@@ -68,6 +74,7 @@ class UpdateCompiler:
         grad: Tensor,
         state: dict[str, Tensor],
         group: Mapping[str, Any],
+        settings: GroupSettings,
         record: ProjectedParameter | None,
         scale: float,
         *,
@@ -79,31 +86,39 @@ class UpdateCompiler:
             weight: W, (m, n) if projected, else any shape.
             grad: R if projected, else the full gradient; consumed.
             state: the state tensors (shape of ``grad``) and 0-d scalar states, changed in place.
-            group: the param group, read for its live numbers.
+            group: the param group.
+            settings: what ``read`` made of it in this step.
             record: the projection, None for full rank.
             scale: factor of the back-projected update.
             first: whether this parameter has never been updated.
         """
-        layout = self.layout(group)
-        scalars = {**group_floats(group), **{STATE_PREFIX + name: float(state[name]) for name in layout.scalars}}
+        layout = self.layout(settings, group)
+        values = (*settings.floats.values(), *[float(state[name]) for name in layout.scalars])
         born = first and None in layout.initial.values()
-        values = tuple(scalars.values())
-        key = (record is not None, born, group_switches(group), values)
+        key = (record is not None, born, settings.switches, values)
         compiled = self._chosen.get(key)
         if compiled is None:
             if len(self._chosen) >= _NUM_CACHED_STEPS:
                 self._chosen.clear()
-            compiled = self._chosen[key] = self._variant(group, layout, scalars, record is not None, born)
+            compiled = self._chosen[key] = self._variant(group, settings, layout, values, record is not None, born)
         compiled(weight, grad, [state[name] for name in layout.initial], state, (*values, scale), record)
 
     def _variant(
-        self, group: Mapping[str, Any], layout: StateLayout, scalars: dict[str, float], projected: bool, born: bool
+        self,
+        group: Mapping[str, Any],
+        settings: GroupSettings,
+        layout: StateLayout,
+        values: tuple[float, ...],
+        projected: bool,
+        born: bool,
     ) -> "CompiledUpdate":
         """The variant whose branches these numbers take, traced now if they are new."""
-        known = self._variants.setdefault((projected, born, group_switches(group)), [])
+        known = self._variants.setdefault((projected, born, settings.switches), [])
         for traced, compiled in known:
-            if traced.holds_for(scalars):
+            if traced.holds_for(values):
                 return compiled
+        names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
+        scalars = dict(zip(names, values, strict=True))
         traced = trace_step(self.optimizer_class, group, layout, scalars, first=born)
         self.num_traces += 1
         compiled = CompiledUpdate(lower_to_subspace(traced, projected=projected), traced.new_scalars)
@@ -148,7 +163,11 @@ class CompiledUpdate:
     ) -> tuple[Tensor, float, tuple[float, ...]]:
         out = self._lowered.prologue(*values)
         num_slots = self._lowered.num_slots
-        return torch.tensor(out[:num_slots], dtype=dtype).to(device), out[num_slots], tuple(out[num_slots + 1 :])
+        return (
+            torch.tensor(out[:num_slots], dtype=dtype).to(device),
+            out[num_slots],
+            tuple(out[num_slots + 1 :]),
+        )
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,31 @@
+"""Everything that must hold before a change lands: format, lint, types, tests.
+
+python tools/check.py            all of it
+python tools/check.py --fast     without the tests
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    """Runs each check in turn; returns the number that failed."""
+    checks = [
+        [sys.executable, "-m", "ruff", "format", "--check", "."],
+        [sys.executable, "-m", "ruff", "check", "."],
+        [sys.executable, "tools/typecheck.py"],
+    ]
+    if "--fast" not in sys.argv[1:]:
+        checks.append([sys.executable, "-m", "pytest", "-q", "--durations=10"])
+    failed = 0
+    for command in checks:
+        print("$", *command[1:], flush=True)
+        failed += subprocess.run(command, cwd=ROOT).returncode != 0
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
