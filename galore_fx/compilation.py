@@ -186,5 +186,5 @@ def _install(model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimiz
         module = region.module
         module.forward = CompiledForward(module, module.forward, compiled[function])
     model.forward = TrainingForward(model, model.forward)
-    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)
+    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
     return compiler
