@@ -317,7 +317,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Keeps the first micro-batch's sketch and drops the others'."""
 
         def keep(leaf: Tensor) -> None:
-            assert leaf.grad is not None
+            if leaf.grad is None:
+                return
             self._sketches.setdefault(id(record.weight), leaf.grad)
             leaf.grad = None
             if self.in_backward and id(record.weight) in self._updated:
@@ -327,6 +328,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _gradient_hook(self, parameter: nn.Parameter, record: ProjectedParameter | None) -> Callable[[Tensor], None]:
         def update(holder: Tensor) -> None:
+            if holder.grad is None:
+                return  # the other form was delivered; autograd calls the hook all the same
             if id(parameter) in self._updated:
                 raise UsageError(
                     "a second backward before optimizer.step(): update='in-backward' has consumed the gradients of "
@@ -334,15 +337,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     "or compile with update='deferred' to accumulate gradients"
                 )
             with torch.no_grad():
-                if record is not None and parameter.grad is not None:
-                    self._project_full(record, parameter.grad)
+                if record is not None and holder is parameter:
+                    self._project_full(record, holder.grad)
                     holder = record.leaf
-                assert holder.grad is not None
-                if torch.isfinite(holder.grad).all():
-                    self._update(parameter, holder.grad)
+                grad, holder.grad = holder.grad, None
+                assert grad is not None
+                if torch.isfinite(grad).all():
+                    self._update(parameter, grad)
                 else:
                     self.counters.num_skipped += 1
-                holder.grad = None
                 self._updated.add(id(parameter))
                 if record is not None and id(parameter) in self._sketches:
                     self._apply_sketch(record)

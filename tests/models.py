@@ -1,0 +1,77 @@
+"""Tiny models, batches and the slow, obvious references that tests and benchmarks compare with."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+VOCABULARY = 256
+
+
+def llama(num_layers: int = 4, hidden: int = 64, intermediate: int = 176, **settings: Any) -> LlamaForCausalLM:
+    """A Llama of some 200,000 parameters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=None,
+        **settings,
+    )
+    return LlamaForCausalLM(config).train()
+
+
+def gpt2(num_layers: int = 3) -> GPT2LMHeadModel:
+    """A GPT-2 without dropout; its linears are Conv1D with biases."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=64,
+        n_layer=num_layers,
+        n_head=4,
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        loss_type="ForCausalLM",
+    )
+    return GPT2LMHeadModel(config).train()
+
+
+def batches(count: int, batch: int = 4, seq: int = 32, seed: int = 1) -> list[Tensor]:
+    """Random token batches (batch, seq)."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCABULARY, (batch, seq), generator=generator) for _ in range(count)]
+
+
+def backward(model: nn.Module, ids: Tensor, weight: float = 1.0) -> float:
+    """One forward and backward; the loss, times ``weight``."""
+    loss = model(input_ids=ids, labels=ids).loss * weight
+    loss.backward()
+    return loss.item()
+
+
+def adamw(**settings: Any) -> Callable[..., torch.optim.Optimizer]:
+    """``torch.optim.AdamW`` with settings bound; learning rate 1e-3, no decay."""
+    return functools.partial(torch.optim.AdamW, **{"lr": 1e-3, "weight_decay": 0.0, **settings})
+
+
+@torch.no_grad()
+def relative_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
+    """||p - q|| / ||q|| of every parameter."""
+    pairs = zip(model.named_parameters(), reference.parameters(), strict=True)
+    return {name: float((p - q).norm() / q.norm().clamp_min(1e-12)) for (name, p), q in pairs}
+
+
+def largest_error(model: nn.Module, reference: nn.Module) -> float:
+    """The worst of ``relative_errors``."""
+    return max(relative_errors(model, reference).values())
