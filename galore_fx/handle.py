@@ -49,7 +49,7 @@ class Compiled:
             "grad_norm": optimizer.grad_norm,
             "num_region_graphs": self._regions.num_graphs,
             "num_region_variants": self._regions.num_variants,
-            "num_update_graphs": self._updates.num_traces,
+            "num_update_graphs": self._updates.num_graphs,
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PlainCopy":

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from galore_fx.errors import ModelError
-from galore_fx.runtime.compatibility import DataDependentOutput, FakeTensorMode
+from galore_fx.runtime.compatibility import DataDependentOutput, FakeTensorMode, tree_map
 
 
 def check_sample(model: nn.Module, sample: object) -> None:

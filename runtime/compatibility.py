@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException as DataDe
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import profile
+from torch.utils._pytree import tree_map
 from torch.utils._sympy.printers import PythonPrinter
 
 F_LINEAR = torch._C._nn.linear
@@ -34,6 +35,7 @@ __all__ = [
     "memory_events",
     "optimizer_internals",
     "tracing",
+    "tree_map",
 ]
 
 

@@ -7,6 +7,7 @@ Each model has its own code objects, since Dynamo keeps its variants per code ob
 them when several models share the class of a layer.
 """
 
+import itertools
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,14 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
+_NUMBERS = itertools.count()
+
 
 def own_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls ``function``, with a code object that no other function has."""
+    """A function that calls ``function``, with a code object and a name that no other function has.
+
+    The name matters too: Dynamo remembers under file, line and name which sizes have changed between calls, and would
+    make a second model's sizes symbols because they are not those of the first.
+    """
 
     def region(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    code = region.__code__.replace(co_name=f"region_{getattr(function, '__name__', 'forward')}")
+    code = region.__code__.replace(co_name=f"region_{next(_NUMBERS)}")
     return types.FunctionType(code, region.__globals__, code.co_name, None, region.__closure__)
 
 

@@ -68,7 +68,7 @@ class ProjectedParameter:
 
     def graph_key(self) -> tuple[object, ...]:
         """What a compiled graph depends on, besides the weight itself."""
-        return (self.dim, self.rank, self.form)
+        return (self.dim, self.rank, self.form, self.basis.dtype)
 
     def graph_inputs(self) -> tuple[Tensor, ...]:
         """The tensors that the region's graph takes for this weight, in the order of its extra placeholders."""

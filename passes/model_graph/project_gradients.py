@@ -15,7 +15,7 @@ from torch import fx
 
 from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.find_linears import LinearSite, find_linears
-from galore_fx.passes.model_graph.projected_linear import ProjectedLinear
+from galore_fx.passes.model_graph.projected_linear import projected_linear
 from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.runtime.subspace import ProjectedDim
 
@@ -72,9 +72,9 @@ def project_gradients(
 
 def _replace(graph: fx.Graph, site: LinearSite, extra: list[fx.Node], dim: ProjectedDim) -> None:
     basis, leaf, sketch_leaf = (*extra, None)[:3]
-    arguments: tuple[Any, ...] = (*site.operands(), basis, leaf, sketch_leaf, site.layout, dim)
+    arguments: tuple[Any, ...] = (*site.operands(), basis, leaf, sketch_leaf, site.layout.value, dim.value)
     with graph.inserting_before(site.node):
-        node = graph.call_function(ProjectedLinear.apply, arguments)
+        node = graph.call_function(projected_linear, arguments)
     node.meta = {
         key: site.node.meta[key] for key in ("example_value", "nn_module_stack", "stack_trace") if key in site.node.meta
     }

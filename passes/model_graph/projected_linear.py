@@ -45,6 +45,37 @@ def sketch(rows: Tensor, cols: Tensor, projected: Tensor, dim: ProjectedDim) -> 
     return rows.T @ (cols @ projected.T) if dim is ProjectedDim.ROWS else cols.T @ (rows @ projected)
 
 
+def projected_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    basis: Tensor,
+    leaf: Tensor,
+    sketch_leaf: Tensor | None,
+    layout: str,
+    dim: str,
+) -> Tensor:
+    """A linear layer as a graph calls it: ``ProjectedLinear`` with its settings as text.
+
+    Args:
+        x: (..., in).
+        weight: W, (out, in) or (in, out) as ``layout`` says; gets no gradient.
+        bias: (out,) or None.
+        basis: P, (m, r) or (n, r).
+        leaf: Z, shape of R; its gradient is R.
+        sketch_leaf: shape of P, its gradient is the sketch of the next basis; None where none is wanted.
+        layout: value of a ``WeightLayout``.
+        dim: value of a ``ProjectedDim``.
+
+    Returns:
+        Y, (..., out).
+    """
+    out: Tensor = ProjectedLinear.apply(
+        x, weight, bias, basis, leaf, sketch_leaf, WeightLayout(layout), ProjectedDim(dim)
+    )
+    return out
+
+
 class ProjectedLinear(torch.autograd.Function):
     """``Y = X W^T + b`` (or ``X W + b``) whose backward returns ``R`` for the leaf and nothing for the weight."""
 
@@ -62,8 +93,8 @@ class ProjectedLinear(torch.autograd.Function):
         """Y, (..., out)."""
         if layout is WeightLayout.OUT_IN:
             return torch.nn.functional.linear(x, weight, bias)
-        y = x @ weight
-        return y if bias is None else y + bias
+        assert bias is not None, "an (in, out) weight comes from addmm, which has its first operand"
+        return torch.addmm(bias, x, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -3,9 +3,9 @@
     Dynamo graph (kept)  --copy-->  passes  -->  AOTAutograd + Inductor  -->  variant
                                                                               one per gradient forms of its weights
 
-A ``CapturedRegion`` is what Dynamo calls with the graph's inputs. The weights are among them; their records say in
-which form their gradients are wanted now, and so which variant runs. Layers with equal graphs share one
-``CapturedRegion`` and its variants.
+Dynamo calls a region with the graph's inputs. The weights are among them; their records say in which form their
+gradients are wanted now, and so which variant runs. Layers with equal graphs share one region and its variants, and so
+do models in one process.
 """
 
 import copy
@@ -21,60 +21,78 @@ from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
 from galore_fx.runtime.compatibility import compile_graph, current_tracing_context, tracing
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 
+# Regions by their graph, for all models of the process; a region holds no tensor of a model.
+_REGIONS: dict[tuple[object, ...], "CapturedRegion"] = {}
+
+
+def forget_regions() -> None:
+    """Drops what is shared between models, so that the next capture compiles anew."""
+    _REGIONS.clear()
+
 
 class RegionCompiler:
-    """The Dynamo backend of one model's regions, and the count of what it did.
-
-    Attributes:
-        num_graphs: distinct region graphs captured.
-        num_variants: compilations, over all graphs and gradient forms.
-        pass_records: what each pass did, per compilation.
-    """
+    """The Dynamo backend of one model's regions, and what the model has used of it so far."""
 
     def __init__(self) -> None:
-        self.num_graphs = 0
-        self.num_variants = 0
-        self.pass_records: list[list[PassRecord]] = []
-        self._regions: dict[tuple[object, ...], CapturedRegion] = {}
+        self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        """Distinct region graphs of this model."""
+        return len(self._used)
+
+    @property
+    def num_variants(self) -> int:
+        """Compiled forms of them that this model has run."""
+        return sum(len(keys) for keys in self._used.values())
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         """Captures a graph and compiles the variant that this very call needs."""
         key = _graph_identity(gm)
-        region = self._regions.get(key) if key is not None else None
+        region = _REGIONS.get(key) if key is not None else None
         if region is None:
-            region = CapturedRegion(gm, self)
-            self.num_graphs += 1
+            region = CapturedRegion(gm)
             if key is not None:
-                self._regions[key] = region
+                _REGIONS[key] = region
+        used = self._used.setdefault(region, set())
         region.variant_for(region.records(example_inputs))
-        return region
+
+        def call(*inputs: object) -> Any:
+            records = region.records(inputs)
+            used.add(region.key(records))
+            extra = (value for record in records if record for value in record.graph_inputs())
+            return region.variant_for(records)(*inputs, *extra)
+
+        return call
 
 
 class CapturedRegion:
-    """One graph and its compiled variants."""
+    """One graph and its compiled variants.
 
-    def __init__(self, gm: fx.GraphModule, compiler: RegionCompiler) -> None:
+    Attributes:
+        pass_records: what each pass did, per compiled variant.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.pass_records: list[list[PassRecord]] = []
         self._gm = _copy_graph(gm)
-        self._compiler = compiler
         self._context = current_tracing_context()
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._fakes = [node.meta["example_value"] for node in placeholders]
         self._parameters = [i for i, value in enumerate(self._fakes) if isinstance(value, torch.nn.Parameter)]
         self._variants: dict[tuple[object, ...], Callable[..., Any]] = {}
 
-    def __call__(self, *inputs: object) -> Any:
-        """Runs the variant that the gradient forms of the weights among ``inputs`` ask for."""
-        records = self.records(inputs)
-        variant = self.variant_for(records)
-        return variant(*inputs, *(value for record in records if record for value in record.graph_inputs()))
-
     def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
         """The record of each parameter among the inputs, None for one that is not projected."""
         return [REGISTRY.get(inputs[i]) for i in self._parameters]
 
+    def key(self, records: list[ProjectedParameter | None]) -> tuple[object, ...]:
+        """What tells the variants apart."""
+        return tuple(record.graph_key() if record else None for record in records)
+
     def variant_for(self, records: list[ProjectedParameter | None]) -> Callable[..., Any]:
         """The compiled form for these gradient forms, made now if it is the first time."""
-        key = tuple(record.graph_key() if record else None for record in records)
+        key = self.key(records)
         variant = self._variants.get(key)
         if variant is None:
             variant = self._variants[key] = self._compile(records)
@@ -96,8 +114,7 @@ class CapturedRegion:
         inputs = [*self._fakes, *extra]
         with tracing(self._context):
             gm, pass_records = run_passes(_copy_graph(self._gm), inputs, passes)
-            self._compiler.pass_records.append(pass_records)
-            self._compiler.num_variants += 1
+            self.pass_records.append(pass_records)
             return compile_graph(gm, inputs)
 
 

@@ -29,20 +29,28 @@ from galore_fx.runtime.subspace import add_back_projection_, project
 _NUM_CACHED_STEPS = 8
 
 
+# Traced and compiled steps for all models of the process, by class, settings, projected or not, first step or not;
+# several where the step branches on a number.
+_VARIANTS: dict[object, list[tuple[TracedStep, "CompiledUpdate"]]] = {}
+
+
 class UpdateCompiler:
-    """The updates of one optimizer class.
+    """The updates of one model's optimizer.
 
     Attributes:
         optimizer_class: the class whose step is lowered.
-        num_traces: how many graphs were traced: one per outcome of the step's branches, per projected or not.
     """
 
     def __init__(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
         self.optimizer_class = optimizer_class
-        self.num_traces = 0
         self._layouts: dict[object, StateLayout] = {}
-        self._variants: dict[object, list[tuple[TracedStep, CompiledUpdate]]] = {}
         self._chosen: dict[object, CompiledUpdate] = {}
+        self._used: set[CompiledUpdate] = set()
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs this model has used: one per outcome of the step's branches, per projected or not."""
+        return len(self._used)
 
     def read(self, group: Mapping[str, Any]) -> GroupSettings:
         """The settings of a param group as they are now, for ``layout`` and ``update``."""
@@ -100,7 +108,9 @@ class UpdateCompiler:
         if compiled is None:
             if len(self._chosen) >= _NUM_CACHED_STEPS:
                 self._chosen.clear()
-            compiled = self._chosen[key] = self._variant(group, settings, layout, values, record is not None, born)
+            compiled = self._variant(group, settings, layout, values, record is not None, born)
+            self._chosen[key] = compiled
+            self._used.add(compiled)
         compiled(weight, grad, [state[name] for name in layout.initial], state, (*values, scale), record)
 
     def _variant(
@@ -113,14 +123,13 @@ class UpdateCompiler:
         born: bool,
     ) -> "CompiledUpdate":
         """The variant whose branches these numbers take, traced now if they are new."""
-        known = self._variants.setdefault((projected, born, settings.switches), [])
+        names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
+        known = _VARIANTS.setdefault((self.optimizer_class, projected, born, settings.switches, names), [])
         for traced, compiled in known:
             if traced.holds_for(values):
                 return compiled
-        names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
         scalars = dict(zip(names, values, strict=True))
         traced = trace_step(self.optimizer_class, group, layout, scalars, first=born)
-        self.num_traces += 1
         compiled = CompiledUpdate(lower_to_subspace(traced, projected=projected), traced.new_scalars)
         known.append((traced, compiled))
         return compiled

@@ -1,0 +1,172 @@
+"""Model-graph passes on hand-made graphs of a few nodes, the runner, and the analysis of regions."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+from galore_fx.errors import CaptureError
+from galore_fx.passes.model_graph.find_linears import WeightLayout, find_linears
+from galore_fx.passes.model_graph.find_regions import find_regions
+from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
+from galore_fx.passes.model_graph.projected_linear import ProjectedLinear, projected_gradient, sketch
+from galore_fx.passes.pass_runner import run_passes
+from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace import ProjectedDim, project, random_basis
+from tests.models import gpt2, llama
+
+
+def two_linears(bias: bool = True) -> fx.GraphModule:
+    """x (t, 6) -> linear W (5, 6) -> relu -> addmm V (5, 4)."""
+    graph = fx.Graph()
+    x, w, b, v = (graph.placeholder(name) for name in "xwbv")
+    y = graph.call_function(torch._C._nn.linear, (x, w, b if bias else None))
+    y = graph.call_function(torch.relu, (y,))
+    graph.output((graph.call_function(torch.addmm, (b.graph.placeholder("c"), y, v)),))
+    # The last placeholder was made after the calls; FX wants them first.
+    first = next(node for node in graph.nodes if node.op == "call_function")
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
+        first.prepend(node)
+    return fx.GraphModule({}, graph)
+
+
+def values():
+    torch.manual_seed(0)
+    shapes = {"x": (7, 6), "w": (5, 6), "b": (5,), "v": (5, 4), "c": (4,)}
+    return {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
+
+
+def test_linears_are_found_in_both_layouts():
+    sites = find_linears(two_linears())
+    assert [(site.weight.name, site.layout) for site in sites] == [
+        ("w", WeightLayout.OUT_IN),
+        ("v", WeightLayout.IN_OUT),
+    ]
+    x, w, b = sites[0].operands()
+    assert (x.name, w.name, b.name) == ("x", "w", "b")
+
+
+def test_what_is_not_a_linear_of_an_input_is_not_found():
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    doubled = graph.call_function(torch.mul, (w, 2))
+    y = graph.call_function(torch._C._nn.linear, (x, doubled))
+    graph.output(graph.call_function(torch.addmm, (x, y, w), {"beta": 0}))
+    assert find_linears(fx.GraphModule({}, graph)) == []
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dim", list(ProjectedDim))
+@pytest.mark.parametrize("form", [GradientForm.PROJECTED, GradientForm.SKETCHED])
+def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias, dim, form):
+    plain, given = two_linears(bias), values()
+    plain(*given.values())[0].square().sum().backward()
+    gm = two_linears(bias)
+    targets, extra = [], []
+    for index, name in ((1, "w"), (3, "v")):
+        targets.append(ProjectionTarget(index, name, dim, form))
+        weight = nn.Parameter(given[name].detach())
+        basis = random_basis(dim.basis_shape(tuple(weight.shape), 2), torch.Generator().manual_seed(1))
+        record = ProjectedParameter.create(name, weight, dim, 2, basis)
+        record.form = form
+        extra.append(record)
+    gm = project_gradients(gm, (), targets=targets)
+    again = values()
+    inputs = [value for record in extra for value in record.graph_inputs()]
+    out = gm(*again.values(), *inputs)[0]
+    torch.testing.assert_close(out, plain(*given.values())[0])
+    out.square().sum().backward()
+    for name in ("x", "b", "c"):
+        if given[name].grad is not None:
+            torch.testing.assert_close(again[name].grad, given[name].grad, rtol=1e-4, atol=1e-4)
+    for record in extra:
+        grad = given[record.name].grad
+        assert again[record.name].grad is None
+        torch.testing.assert_close(record.leaf.grad, project(grad, record.basis, dim), rtol=1e-4, atol=1e-4)
+        if form is GradientForm.SKETCHED:
+            gram = grad @ grad.T if dim is ProjectedDim.ROWS else grad.T @ grad
+            torch.testing.assert_close(record.sketch_leaf.grad, gram @ record.basis, rtol=1e-4, atol=1e-4)
+
+
+def test_project_gradients_without_targets_changes_nothing():
+    gm = two_linears()
+    before = gm.code
+    assert project_gradients(gm, (), targets=[]).code == before
+
+
+def test_a_second_reader_of_a_weight_is_refused():
+    gm = two_linears()
+    weight = next(node for node in gm.graph.nodes if node.name == "w")
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    with gm.graph.inserting_before(output):
+        gm.graph.call_function(torch.sum, (weight,))
+    target = ProjectionTarget(1, "layers.0.w", ProjectedDim.COLS, GradientForm.PROJECTED)
+    with pytest.raises(CaptureError, match=r"layers\.0\.w is read by .*sum"):
+        project_gradients(gm, (), targets=[target])
+
+
+def test_gradcheck_of_the_input_and_bias():
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4, 6), (5, 6), (5,)))
+    basis = torch.linalg.qr(torch.randn(6, 2, dtype=torch.float64)).Q
+    leaf = torch.zeros(5, 2, dtype=torch.float64)
+
+    def function(x, b):
+        return ProjectedLinear.apply(x, w.detach(), b, basis, leaf, None, WeightLayout.OUT_IN, ProjectedDim.COLS)
+
+    assert torch.autograd.gradcheck(function, (x, b))
+
+
+def test_the_products_associate():
+    rows, cols = torch.randn(30, 5, dtype=torch.float64), torch.randn(30, 8, dtype=torch.float64)
+    grad = rows.T @ cols
+    for dim, size in ((ProjectedDim.ROWS, 5), (ProjectedDim.COLS, 8)):
+        basis = torch.linalg.qr(torch.randn(size, 3, dtype=torch.float64)).Q
+        projected = projected_gradient(rows, cols, basis, dim)
+        torch.testing.assert_close(projected, project(grad, basis, dim))
+        gram = grad @ grad.T if dim is ProjectedDim.ROWS else grad.T @ grad
+        torch.testing.assert_close(sketch(rows, cols, projected, dim), gram @ basis)
+
+
+def test_the_runner_names_the_pass_that_broke_the_graph():
+    def keep(gm, inputs):
+        return gm
+
+    def forget(gm, inputs):
+        return None
+
+    def break_it(gm, inputs):
+        nodes = list(gm.graph.nodes)
+        nodes[0].append(nodes[-2])
+        return gm
+
+    gm, records = run_passes(two_linears(), (), [keep])
+    assert [(r.name, r.num_nodes_before == r.num_nodes_after) for r in records] == [("keep", True)]
+    with pytest.raises(RuntimeError, match="pass forget returned a NoneType.*ran before: keep"):
+        run_passes(gm, (), [keep, forget])
+    with pytest.raises(RuntimeError, match="pass break_it left a malformed graph"):
+        run_passes(gm, (), [break_it])
+
+
+def test_regions_are_blocks_and_their_linear_weights():
+    regions = find_regions(llama(3))
+    assert [region.name for region in regions] == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert all(len(region.weights) == 7 for region in regions)
+    gpt2_weights = find_regions(gpt2(1))[0].weights
+    assert [w.name.removeprefix("transformer.h.0.") for w in gpt2_weights] == [
+        "attn.c_attn.weight",
+        "attn.c_proj.weight",
+        "mlp.c_fc.weight",
+        "mlp.c_proj.weight",
+    ]
+    assert all(w.in_first for w in gpt2_weights)
+
+
+def test_a_list_inside_a_block_makes_no_regions_of_its_own():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    model.head = nn.Linear(4, 2)
+    assert [(r.name, len(r.weights)) for r in find_regions(model)] == [("layers.0", 2), ("layers.1", 2)]

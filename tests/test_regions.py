@@ -1,0 +1,166 @@
+"""Capture and dispatch: one graph for all layers, the compiled form in training only, every weight projected."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import galore_fx
+from galore_fx.runtime.dispatch import CompiledForward
+from tests.models import adamw, backward, batches, gpt2, largest_error, llama
+
+
+def test_twelve_layers_share_one_graph_and_keep_it_after_generate_and_eval():
+    model = llama(num_layers=12)
+    assert model.config.use_cache, "transformers' default, the case that used to fall apart"
+    galore_fx.compile(model, rank=8, optimizer=adamw(), refresh_gap=100)
+    ids = batches(1)[0]
+    for _ in range(3):
+        backward(model, ids)
+        model.galore_fx.optimizer.step()
+    before = model.galore_fx.stats()
+    assert len(before["projected"]) == 84
+    assert before["num_region_graphs"] == 1
+    assert before["num_region_variants"] == 2, "one that sketches, one that is steady"
+    model.eval()
+    with torch.no_grad():
+        assert model(input_ids=ids).past_key_values is not None, "evaluation keeps its cache"
+        model.generate(ids[:1, :4], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model.train()
+    backward(model, ids)
+    assert all(p.grad is None for n, p in model.named_parameters() if n in before["projected"])
+    assert all(record.leaf.grad is not None for record in model.galore_fx.optimizer.records)
+    model.galore_fx.optimizer.step()
+    after = model.galore_fx.stats()
+    assert (after["num_region_graphs"], after["num_region_variants"]) == (1, 2)
+    assert model.config.use_cache, "restored"
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("project", ["shorter", "input", "output"])
+def test_projected_gradients_equal_those_of_eager(make, project):
+    model = make(2)
+    reference = copy.deepcopy(model)
+    galore_fx.compile(model, rank=8, project=project, optimizer=adamw())
+    ids = batches(1)[0]
+    backward(model, ids)
+    backward(reference, ids)
+    grads = dict(reference.named_parameters())
+    records = list(model.galore_fx.optimizer.records)
+    assert len(records) == (14 if make is llama else 8)
+    for record in records:
+        grad = grads[record.name].grad
+        expected = grad @ record.basis if record.dim.value == "cols" else record.basis.T @ grad
+        assert record.leaf.grad.shape == expected.shape
+        assert (record.leaf.grad - expected).norm() < 1e-5 * expected.norm()
+    sketch = model.galore_fx.optimizer._sketches[id(records[0].weight)]
+    grad = grads[records[0].name].grad
+    gram = grad.T @ grad if records[0].dim.value == "cols" else grad @ grad.T
+    torch.testing.assert_close(sketch, gram @ records[0].basis, rtol=1e-4, atol=1e-6)
+
+
+def test_leaves_own_no_storage():
+    model = llama(1)
+    galore_fx.compile(model, rank=8, optimizer=adamw())
+    for record in model.galore_fx.optimizer.records:
+        assert record.leaf.untyped_storage().nbytes() == record.leaf.element_size()
+
+
+def test_eval_and_no_grad_run_the_original_forward():
+    model = llama(2)
+    reference = copy.deepcopy(model)
+    galore_fx.compile(model, rank=8, optimizer=adamw())
+    ids = batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
+    model.eval(), reference.eval()
+    assert torch.equal(model(input_ids=ids).logits, reference(input_ids=ids).logits)
+    assert model.galore_fx.stats()["num_region_variants"] == 0
+
+
+class Shared(nn.Module):
+    """One block, used twice in a forward; its input does not require grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(24, 40), nn.GELU(), nn.Linear(40, 24))])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](self.blocks[0](x)).square().mean()
+
+
+def _plain_sgd_galore(reference: nn.Module, model: nn.Module, lr: float) -> None:
+    """W -= lr * scale * back_project(project(G)) with the compiled model's bases; biases at full rank."""
+    records = {record.name: record for record in model.galore_fx.optimizer.records}
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            record, grad = records.get(name), p.grad
+            if record is not None:
+                basis = record.basis
+                projector = basis @ basis.T
+                grad = 0.25 * (grad @ projector if record.dim.value == "cols" else projector @ grad)
+            p -= lr * grad
+            p.grad = None
+
+
+def test_a_block_used_twice_and_two_forwards_before_one_backward():
+    torch.manual_seed(0)
+    model = Shared().train()
+    reference = copy.deepcopy(model)
+    galore_fx.compile(model, rank=6, refresh_gap=1000, optimizer=torch.optim.SGD)
+    xs = torch.randn(4, 5, 24)
+    for step in range(2):
+        (model(xs[2 * step]) + model(xs[2 * step + 1])).backward()
+        (reference(xs[2 * step]) + reference(xs[2 * step + 1])).backward()
+        _plain_sgd_galore(reference, model, lr=1e-3)
+        model.galore_fx.optimizer.step()
+        assert largest_error(model, reference) < 1e-6
+    assert largest_error(model, Shared()) > 1e-3
+
+
+def test_a_model_without_repeated_blocks_is_one_region():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 8)).train()
+    reference = copy.deepcopy(model)
+    galore_fx.compile(model, rank=6, refresh_gap=1000, optimizer=torch.optim.SGD)
+    x = torch.randn(16, 24)
+    model(x).square().mean().backward()
+    reference(x).square().mean().backward()
+    _plain_sgd_galore(reference, model, lr=1e-3)
+    model.galore_fx.optimizer.step()
+    assert model.galore_fx.stats()["projected"] == ["0.weight", "2.weight"]
+    assert largest_error(model, reference) < 1e-6
+
+
+def test_a_weight_read_by_something_else_than_a_linear_is_an_error():
+    class Regularised(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + self.weight.square().sum()
+
+    model = Regularised(16, 24).train()
+    galore_fx.compile(model, rank=4)
+    with pytest.raises(Exception, match=r"weight is read by .*not a linear layer"):
+        model(torch.randn(3, 16))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_is_a_plain_model_that_says_so(copier):
+    model = llama(1)
+    galore_fx.compile(model, rank=8, optimizer=adamw())
+    ids = batches(1)[0]
+    backward(model, ids)
+    with pytest.warns(UserWarning, match="copy of a model compiled by galore_fx"):
+        plain = copier(model)
+    assert not any(isinstance(vars(m).get("forward"), CompiledForward) for m in plain.modules())
+    with pytest.raises(galore_fx.UsageError, match="Call galore_fx.compile"):
+        _ = plain.galore_fx.optimizer
+    plain.zero_grad()
+    backward(plain, ids)
+    assert all(p.grad is not None for p in plain.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        galore_fx.compile(plain, rank=8, optimizer=adamw())
+    assert isinstance(plain.model.layers[0].forward, CompiledForward)

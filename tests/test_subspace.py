@@ -1,0 +1,90 @@
+"""Bases and projections."""
+
+import pytest
+import torch
+
+from galore_fx.runtime.subspace import (
+    ORTHONORMAL_TOLERANCE,
+    ProjectedDim,
+    add_back_projection_,
+    exact_basis,
+    orthonormalize,
+    project,
+    random_basis,
+)
+
+SHAPES = [(48, 32), (32, 48), (32, 32), (5, 123)]
+
+
+def _gap_from_orthonormal(basis):
+    return (basis.T @ basis - torch.eye(basis.shape[1])).abs().max()
+
+
+def _decaying(m, n, decay=0.8):
+    u, _, v = torch.linalg.svd(torch.randn(m, n), full_matrices=False)
+    return u @ torch.diag(decay ** torch.arange(min(m, n))) @ v
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dim", list(ProjectedDim))
+def test_projecting_and_back_is_the_orthogonal_projection(shape, dim):
+    grad = torch.randn(shape)
+    rank = min(4, *shape)
+    basis = exact_basis(grad, rank, dim)
+    assert basis.shape == dim.basis_shape(shape, rank)
+    assert project(grad, basis, dim).shape == dim.projected_shape(shape, rank)
+    weight = torch.randn(shape)
+    expected = 0.5 * weight + (basis @ (basis.T @ grad) if dim is ProjectedDim.ROWS else (grad @ basis) @ basis.T)
+    add_back_projection_(weight, project(grad, basis, dim), basis, dim, 0.5)
+    torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exact_basis_keeps_the_gradients_dtype(dtype):
+    assert exact_basis(torch.randn(16, 8).to(dtype), 4, ProjectedDim.COLS).dtype == dtype
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_gives_no_basis(value):
+    grad = torch.randn(16, 8)
+    grad[3, 3] = value
+    assert exact_basis(grad, 4, ProjectedDim.COLS) is None
+    assert orthonormalize(grad) is None
+    assert orthonormalize(torch.zeros(16, 8)) is None
+
+
+def test_cholesky_qr_is_orthonormal_on_graded_and_on_hard_matrices():
+    graded = torch.randn(512, 64) * torch.logspace(0, -12, 64)
+    nearly_parallel = torch.ones(512, 64) + 1e-3 * torch.randn(512, 64)
+    rank_deficient = torch.randn(512, 8) @ torch.randn(8, 64)
+    zero_column = torch.randn(512, 64)
+    zero_column[:, 5] = 0
+    for sketch in (graded, nearly_parallel, rank_deficient, zero_column, torch.eye(64)):
+        basis = orthonormalize(sketch)
+        assert basis.dtype == torch.float32
+        assert _gap_from_orthonormal(basis) <= ORTHONORMAL_TOLERANCE
+
+
+def test_cholesky_qr_spans_what_it_was_given():
+    sketch = torch.randn(100, 12)
+    basis = orthonormalize(sketch)
+    torch.testing.assert_close(basis @ (basis.T @ sketch), sketch, atol=1e-4, rtol=1e-4)
+
+
+def test_warm_iterations_approach_the_exact_basis_energy():
+    grad = _decaying(200, 100)
+    exact = exact_basis(grad, 10, ProjectedDim.COLS)
+    best = (grad @ exact).square().sum()
+    basis = random_basis((100, 10), torch.Generator().manual_seed(0))
+    energy = []
+    for _ in range(4):
+        basis = orthonormalize(grad.T @ (grad @ basis))
+        energy.append(float((grad @ basis).square().sum() / best))
+    assert energy == sorted(energy)
+    assert energy[-1] > 0.999
+
+
+def test_random_bases_are_reproducible_and_orthonormal():
+    first, second = (random_basis((40, 6), torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert _gap_from_orthonormal(first) < 1e-5
