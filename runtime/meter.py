@@ -42,14 +42,24 @@ def count_memory(work: Callable[[], object], device: torch.device) -> MemoryCoun
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device)
         return MemoryCount(peak - before, torch.cuda.memory_allocated(device) - before)
+    timeline = memory_timeline(work)
+    return MemoryCount(max(live for _, live in timeline), timeline[-1][1])
+
+
+def memory_timeline(work: Callable[[], object]) -> list[tuple[float, int]]:
+    """Memory allocated by ``work`` on the CPU as it runs.
+
+    Returns:
+        (seconds since the first event, bytes live that ``work`` has allocated) at every change, from (0, 0) on.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     changes = memory_events(profiler)
-    live = peak = 0
-    for _, num_bytes in changes:
+    timeline, live = [(0.0, 0)], 0
+    for time_ns, num_bytes in changes:
         live += num_bytes
-        peak = max(peak, live)
-    return MemoryCount(peak, live)
+        timeline.append(((time_ns - changes[0][0]) / 1e9, live))
+    return timeline
 
 
 def tensor_bytes(tensors: list[torch.Tensor]) -> int:

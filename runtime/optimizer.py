@@ -13,66 +13,19 @@ window on. So the basis is constant inside a window and accumulated gradients ar
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from galore_fx.errors import OptimizerError, UsageError
+from galore_fx.errors import UsageError
+from galore_fx.runtime.optimizer_state import STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.refresh_schedule import FixedSchedule
 from galore_fx.runtime.subspace import exact_basis, orthonormalize, project
-
-STATE_VERSION = 1
-
-
-class Layout(Protocol):
-    """What the optimizer class keeps per parameter: fill value of each tensor, value of each number."""
-
-    @property
-    def initial(self) -> Mapping[str, float | None]: ...
-
-    @property
-    def scalars(self) -> Mapping[str, float]: ...
-
-
-class Updates(Protocol):
-    """One optimizer step of one parameter, made from the user's class by the passes."""
-
-    def read(self, group: Mapping[str, Any]) -> Any: ...
-
-    def layout(self, settings: Any, group: Mapping[str, Any]) -> Layout: ...
-
-    def update(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        group: Mapping[str, Any],
-        settings: Any,
-        record: ProjectedParameter | None,
-        scale: float,
-        *,
-        first: bool,
-    ) -> None: ...
-
-
-@dataclasses.dataclass
-class Counters:
-    """What has happened so far; saved with the state.
-
-    Attributes:
-        num_updates: finished optimizer steps.
-        num_skipped: steps (deferred) or single parameters' updates (in-backward) left out for NaN or Inf.
-        num_refreshes: bases renewed.
-        num_failed_refreshes: refreshes that kept the old basis: the gradient was not finite, zero, or the SVD failed.
-    """
-
-    num_updates: int = 0
-    num_skipped: int = 0
-    num_refreshes: int = 0
-    num_failed_refreshes: int = 0
+from galore_fx.runtime.update_protocol import Updates
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -123,6 +76,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._sketches: dict[int, Tensor] = {}
         self._updated: set[int] = set()
         self._settings: dict[int, Any] = {}
+        self._versions: dict[int, int] = {}
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
@@ -175,6 +129,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             torch.nn.utils.clip_grads_with_norm_(
                 [holder for holder in self._holders() if holder.grad is not None], max_norm, norm
             )
+            self._versions.clear()
         return norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -201,30 +156,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
         """
-        extra = state_dict.get("galore_fx")
-        if extra is None or extra.get("version") != STATE_VERSION:
-            raise OptimizerError(
-                "this state was not saved by galore_fx "
-                f"(version {STATE_VERSION}); it has {sorted(state_dict)}. Save model.galore_fx.optimizer.state_dict()"
-            )
         parameters = list(self._parameters())
-        saved_groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in saved_groups] != sizes:
-            raise OptimizerError(
-                f"the saved state has groups of {[len(group['params']) for group in saved_groups]} parameters, "
-                f"this optimizer has {sizes}"
-            )
-        states = [state_dict["state"][i] for group in saved_groups for i in group["params"]]
-        for parameter, saved in zip(parameters, states, strict=True):
-            _check_same(self.state[parameter], saved)
-        for parameter, saved in zip(parameters, states, strict=True):
-            for name, value in self.state[parameter].items():
-                value.copy_(saved[name])
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
-        fields = {field.name for field in dataclasses.fields(Counters)}
-        self.counters = Counters(**{key: value for key, value in extra.items() if key in fields})
+        extra = restore(self.state, self.param_groups, state_dict)
+        self.counters = Counters.from_state(extra)
         self._due = {id(parameters[i]) for i in extra["due"]}
         self.zero_grad()
         self._updated.clear()
@@ -252,6 +186,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _close_window(self, updated: bool) -> None:
         self.zero_grad()
         self._settings.clear()
+        self._versions.clear()
         self._updated.clear()
         if updated:
             self.counters.num_updates += 1
@@ -260,6 +195,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # Deferred.
 
     def _step_deferred(self) -> None:
+        self._warn_of_foreign_changes()
         gradients = self._collect()
         if not gradients:
             return
@@ -308,10 +244,30 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if record is not None:
                 record.sketch_leaf.register_post_accumulate_grad_hook(self._sketch_hook(record))
             if not self.in_backward:
+                if record is None and self._records:
+                    parameter.register_post_accumulate_grad_hook(self._note_version)
                 continue
             parameter.register_post_accumulate_grad_hook(self._gradient_hook(parameter, record))
             if record is not None:
                 record.leaf.register_post_accumulate_grad_hook(self._gradient_hook(parameter, record))
+
+    def _note_version(self, parameter: Tensor) -> None:
+        """Remembers a full gradient as autograd left it."""
+        if parameter.grad is not None:
+            self._versions[id(parameter)] = parameter.grad._version
+
+    def _warn_of_foreign_changes(self) -> None:
+        """Says so where someone has changed full gradients and cannot have changed the projected ones."""
+        for parameter in self._parameters():
+            noted = self._versions.get(id(parameter))
+            if noted is not None and parameter.grad is not None and parameter.grad._version != noted:
+                warnings.warn(
+                    "gradients of full-rank parameters were changed between backward() and step(); projected gradients "
+                    "are no parameter's .grad and were not. To clip all of them together, call "
+                    "model.galore_fx.optimizer.clip_grad_norm_(max_norm) or compile with max_grad_norm=",
+                    stacklevel=4,
+                )
+                return
 
     def _sketch_hook(self, record: ProjectedParameter) -> Callable[[Tensor], None]:
         """Keeps the first micro-batch's sketch and drops the others'."""
@@ -407,13 +363,3 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _positions(self) -> dict[int, int]:
         return {id(p): i for i, p in enumerate(self._parameters())}
-
-
-def _check_same(state: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    mine = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
-    theirs = {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}
-    if mine != theirs:
-        raise OptimizerError(
-            f"the saved state does not fit: it holds {theirs}, this optimizer keeps {mine}. "
-            "Compile with the recipe, rank and optimizer class that the state was saved with"
-        )

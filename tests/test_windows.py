@@ -97,6 +97,18 @@ def test_clipping_is_that_of_torch_over_projected_and_full_gradients(recipe):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm() + 1e-9
 
 
+def test_clipping_that_misses_the_projected_gradients_is_not_silent():
+    model = _compiled()
+    ids = batches(1)[0]
+    backward(model, ids[:2]), backward(model, ids[2:])
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="projected gradients are no parameter's .grad .*clip_grad_norm_"):
+        model.galore_fx.optimizer.step()
+    backward(model, ids)
+    model.galore_fx.optimizer.clip_grad_norm_(0.1)
+    model.galore_fx.optimizer.step()
+
+
 def test_max_grad_norm_is_clipping_before_every_step():
     automatic, by_hand = _compiled(max_grad_norm=0.05), _compiled()
     for ids in batches(3):

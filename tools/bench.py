@@ -1,5 +1,6 @@
 """Side-by-side benchmarks; each run appends rows to tools/results/.
 
+    python tools/bench.py memory          memory through one step, as a picture (needs the plots extra)
     python tools/bench.py step            one training step: plain AdamW, galore_torch, galore_fx
     python tools/bench.py step --case a --steps 15
 
@@ -54,11 +55,13 @@ def _cpu_name() -> str:
 
 def main() -> None:
     """Reads the command line and runs one benchmark."""
+    import bench_memory
     import bench_step
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     bench_step.add_command(commands)
+    bench_memory.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -8,6 +8,7 @@ What flatters galore_fx: rank 128 is d/4 in case a, d/8 in case b, and the work 
 """
 
 import argparse
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -67,15 +68,15 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(case: str, num_steps: int, *, with_svd: bool) -> dict[str, Any]:
     """Times and counts the three contenders."""
     shape = CASES[case]
-    batches = _batches(shape)
+    batches = make_batches(shape)
     contenders = {
-        "adamw": _adamw(shape),
-        "galore_torch": _galore_torch(shape),
-        "galore_fx": _galore_fx(shape),
+        "adamw": adamw_contender(shape),
+        "galore_torch": galore_torch_contender(shape),
+        "galore_fx": galore_fx_contender(shape),
     }
     row: dict[str, Any] = {"case": case, **shape, "rank": RANK, "gap": GAP, "steps": num_steps}
     row["flop_bound_vs_adamw"] = round(flop_bound(shape), 3)
-    steps = {name: functools.partial(step, batches) for name, (step, _) in contenders.items()}
+    steps = {name: functools.partial(c.step, batches) for name, c in contenders.items()}
     for name, step in steps.items():
         start = time.perf_counter()
         for _ in range(3):
@@ -85,11 +86,11 @@ def measure(case: str, num_steps: int, *, with_svd: bool) -> dict[str, Any]:
     for _ in range(num_steps):
         for name, step in steps.items():
             times[name].append(_timed(step))
-    for name, (_, persistent) in contenders.items():
+    for name, contender in contenders.items():
         row[f"{name}_s"] = round(min(times[name]), 4)
         row[f"{name}_median_s"] = round(sorted(times[name])[num_steps // 2], 4)
         counted = count_memory(steps[name], torch.device("cpu"))
-        row[f"{name}_peak_mib"] = round((tensor_bytes(persistent()) + counted.transient_peak_bytes) / 2**20, 1)
+        row[f"{name}_peak_mib"] = round((contender.kept_bytes() + counted.transient_peak_bytes) / 2**20, 1)
     _add_amortised(row, contenders, batches, with_svd)
     for rival in ("adamw", "galore_torch"):
         row[f"speed_vs_{rival}"] = round(row[f"{rival}_s"] / row["galore_fx_s"], 3)
@@ -109,17 +110,35 @@ def flop_bound(shape: dict[str, Any]) -> float:
     return float(full / projected)
 
 
-Contender = tuple[Callable[[Callable[[], torch.Tensor]], None], Callable[[], list[torch.Tensor]]]
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to train.
+
+    Attributes:
+        step: takes one training step on the batch that its argument gives.
+        model: the model.
+        optimizer: what steps it.
+    """
+
+    step: Callable[[Callable[[], torch.Tensor]], None]
+    model: LlamaForCausalLM
+    optimizer: torch.optim.Optimizer
+
+    def kept_bytes(self) -> int:
+        """Bytes that live between steps: weights and all that the optimizer keeps."""
+        return tensor_bytes([*self.model.parameters(), *_tensors(self.optimizer)])
 
 
-def _adamw(shape: dict[str, Any]) -> Contender:
-    model = _model(shape)
+def adamw_contender(shape: dict[str, Any]) -> Contender:
+    """The whole model compiled, torch's fused AdamW."""
+    model = make_model(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return _plain(model, optimizer)
 
 
-def _galore_torch(shape: dict[str, Any]) -> Contender:
-    model = _model(shape)
+def galore_torch_contender(shape: dict[str, Any]) -> Contender:
+    """The whole model compiled, the released GaLoreAdamW, projecting what galore_fx projects."""
+    model = make_model(shape)
     projected = [p for n, p in model.named_parameters() if "proj" in n]
     others = [p for n, p in model.named_parameters() if "proj" not in n]
     settings = {"rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
@@ -137,16 +156,13 @@ def _plain(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Contend
         optimizer.step()
         optimizer.zero_grad()
 
-    def persistent() -> list[torch.Tensor]:
-        return [*model.parameters(), *_tensors(optimizer)]
-
-    return step, persistent
+    return Contender(step, model, optimizer)
 
 
-def _galore_fx(shape: dict[str, Any]) -> Contender:
-    model = galore_fx.compile(
-        _model(shape), rank=RANK, refresh_gap=GAP, optimizer=functools.partial(torch.optim.AdamW, lr=1e-3)
-    )
+def galore_fx_contender(shape: dict[str, Any], **overrides: Any) -> Contender:
+    """galore_fx with its default recipe; ``overrides`` are parts of it."""
+    adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
+    model = galore_fx.compile(make_model(shape), rank=RANK, refresh_gap=GAP, optimizer=adamw, **overrides)
     optimizer = model.galore_fx.optimizer
 
     def step(batch: Callable[[], torch.Tensor]) -> None:
@@ -154,11 +170,7 @@ def _galore_fx(shape: dict[str, Any]) -> Contender:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
-    def persistent() -> list[torch.Tensor]:
-        return [*model.parameters(), *_tensors(optimizer)]
-
-    step.optimizer = optimizer  # type: ignore[attr-defined]
-    return step, persistent
+    return Contender(step, model, optimizer)
 
 
 def _add_amortised(
@@ -166,26 +178,22 @@ def _add_amortised(
 ) -> None:
     """Times of a mean step over a whole gap: steady steps, and the steps that refresh."""
     row["adamw_amortised_s"] = row["adamw_s"]
-    step, persistent = contenders["galore_torch"]
     row["galore_torch_amortised_s"] = row["galore_torch_s"]
     if with_svd:
-        optimizer_state = step.__closure__  # the reference keeps its projectors in optimizer.state
-        optimizer = next(c.cell_contents for c in optimizer_state or () if isinstance(c.cell_contents, GaLoreAdamW))
-        for state in optimizer.state.values():
+        peer = contenders["galore_torch"]
+        for state in peer.optimizer.state.values():
             if "projector" in state:
-                state["projector"].ortho_matrix = None
-        row["galore_torch_refresh_step_s"] = round(_timed(lambda: step(batches)), 2)
-        row["galore_torch_amortised_s"] = round(
-            ((GAP - 1) * row["galore_torch_s"] + row["galore_torch_refresh_step_s"]) / GAP, 4
-        )
-    ours = contenders["galore_fx"][0]
-    optimizer = ours.optimizer  # type: ignore[attr-defined]
-    refresh_s, num_layers = [], row["layers"]
+                state["projector"].ortho_matrix = None  # the next step computes it anew
+        refresh_s = _timed(lambda: peer.step(batches))
+        row["galore_torch_refresh_step_s"] = round(refresh_s, 2)
+        row["galore_torch_amortised_s"] = round(((GAP - 1) * row["galore_torch_s"] + refresh_s) / GAP, 4)
+    ours = contenders["galore_fx"]
+    times, num_layers = [], row["layers"]
     for layer in range(num_layers):
-        optimizer.counters.num_updates = GAP + layer * GAP // num_layers
-        optimizer._open_window()
-        refresh_s.append(_timed(lambda: ours(batches)))
-    row["galore_fx_refresh_step_s"] = round(min(refresh_s), 4)
+        ours.optimizer.counters.num_updates = GAP + layer * GAP // num_layers
+        ours.optimizer._open_window()
+        times.append(_timed(lambda: ours.step(batches)))
+    row["galore_fx_refresh_step_s"] = round(min(times), 4)
     row["galore_fx_amortised_s"] = round(
         ((GAP - num_layers) * row["galore_fx_s"] + num_layers * row["galore_fx_refresh_step_s"]) / GAP, 4
     )
@@ -200,7 +208,8 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return found
 
 
-def _model(shape: dict[str, Any]) -> LlamaForCausalLM:
+def make_model(shape: dict[str, Any]) -> LlamaForCausalLM:
+    """A Llama of this shape, the same weights every time."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape["hidden"],
@@ -213,7 +222,8 @@ def _model(shape: dict[str, Any]) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).train()
 
 
-def _batches(shape: dict[str, Any]) -> Callable[[], torch.Tensor]:
+def make_batches(shape: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """A function that gives the next random batch, the same sequence every time."""
     generator = torch.Generator().manual_seed(0)
     size = (shape["batch"], shape["seq"])
     return lambda: torch.randint(0, shape["vocabulary"], size, generator=generator)

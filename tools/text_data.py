@@ -18,7 +18,7 @@ HELD_OUT_EVERY = 20
 # Bytes of Python source per token of a 4096-entry vocabulary are about 3.3; more is read than can be needed.
 _BYTES_PER_TOKEN = 5
 _TOKENIZER_BYTES = 3_000_000
-_HELD_OUT_BYTES = 400_000
+_HELD_OUT_BYTES = 200_000
 
 
 class TextError(ValueError):

@@ -43,11 +43,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="transformers config file (random weights), folder or hub name (its weights)")
     parser.add_argument("--text", help="text file or folder of them; default: Python's standard library")
     parser.add_argument("--out", default="runs/train", help="folder for checkpoint, log and model")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8, help="sequences per micro-batch")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
-    parser.add_argument("--seq", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate: linear warm-up, then cosine")
+    parser.add_argument("--seq", type=int, default=64, help="tokens per sequence")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: linear warm-up, then cosine")
     parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--recipe", default="auto")
     parser.add_argument("--rank", type=_rank, help="columns of each basis, or fraction of the shorter side")
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the tokenizer, for a model without one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--stop-after", type=int, help="stop after this step, as if interrupted")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     arguments = parser.parse_args(argv)
@@ -195,7 +195,7 @@ def evaluate(model: nn.Module, held_out: Tensor, batch: int, device: torch.devic
     """Mean loss over the held-out sequences, nats per token; the model is left in training mode."""
     model.eval()
     losses = []
-    for ids in held_out.split(batch):
+    for ids in tqdm(held_out.split(4 * batch), desc="held-out", unit="batch", file=sys.stdout, leave=False):
         ids = ids.to(device)
         losses.append((model(input_ids=ids, labels=ids).loss.item(), len(ids)))
     model.train()

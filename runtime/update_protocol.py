@@ -1,0 +1,39 @@
+"""What the optimizer asks of the passes: the user's class, lowered. The runtime imports no pass; it is handed one."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from galore_fx.runtime.projected_parameter import ProjectedParameter
+
+
+class Layout(Protocol):
+    """What the optimizer class keeps per parameter: fill value of each tensor, value of each number."""
+
+    @property
+    def initial(self) -> Mapping[str, float | None]: ...
+
+    @property
+    def scalars(self) -> Mapping[str, float]: ...
+
+
+class Updates(Protocol):
+    """One optimizer step of one parameter, made from the user's class by the passes."""
+
+    def read(self, group: Mapping[str, Any]) -> Any: ...
+
+    def layout(self, settings: Any, group: Mapping[str, Any]) -> Layout: ...
+
+    def update(
+        self,
+        weight: Tensor,
+        grad: Tensor,
+        state: dict[str, Tensor],
+        group: Mapping[str, Any],
+        settings: Any,
+        record: ProjectedParameter | None,
+        scale: float,
+        *,
+        first: bool,
+    ) -> None: ...
