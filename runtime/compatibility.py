@@ -5,6 +5,9 @@ Everything else in the package uses public names only.
 
 import contextlib
 import math
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +37,7 @@ __all__ = [
     "dispatch_compiler",
     "memory_events",
     "optimizer_internals",
+    "quiet_profiler",
     "tracing",
     "tree_map",
 ]
@@ -78,6 +82,29 @@ def _recompile_limit(limit: int) -> Iterator[None]:
 def optimizer_internals(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The instance attributes of an optimizer, to build a second one around traced values."""
     return dict(optimizer.__dict__)
+
+
+# What libkineto and the CPU allocator write to the process's stderr when memory is profiled: nothing a user can act on.
+_PROFILER_CHATTER = ("SyncActivityProfilerHandler", "was allocated before the profiling started")
+
+
+@contextlib.contextmanager
+def quiet_profiler() -> Iterator[None]:
+    """Keeps the profiler's own lines off stderr (they are written by C++); everything else is passed on afterwards."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(before, 2)
+            os.close(before)
+            caught.seek(0)
+            for line in caught.read().decode(errors="replace").splitlines(keepends=True):
+                if not any(text in line for text in _PROFILER_CHATTER):
+                    sys.stderr.write(line)
 
 
 def memory_events(profiler: profile) -> list[tuple[int, int]]:

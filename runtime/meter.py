@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from galore_fx.runtime.compatibility import memory_events
+from galore_fx.runtime.compatibility import memory_events, quiet_profiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def memory_timeline(work: Callable[[], object]) -> list[tuple[float, int]]:
     Returns:
         (seconds since the first event, bytes live that ``work`` has allocated) at every change, from (0, 0) on.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     changes = memory_events(profiler)
     timeline, live = [(0.0, 0)], 0
