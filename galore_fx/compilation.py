@@ -11,6 +11,7 @@ from galore_fx.handle import Compiled
 from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer, retire
 from galore_fx.passes.memory_plan.plan_parameters import check_budget, plan_parameters
 from galore_fx.passes.model_graph.find_regions import Region, find_regions
+from galore_fx.passes.model_graph.head_compiler import compile_head
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
@@ -19,6 +20,7 @@ from galore_fx.runtime.compatibility import dispatch_compiler
 from galore_fx.runtime.dispatch import (
     ClearingZeroGrad,
     CompiledForward,
+    OpaqueForward,
     TrainingForward,
     own_code_object,
 )
@@ -68,6 +70,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     sample: object = None,
     recipe: str | Recipe = "auto",
     optimizer: OptimizerChoice = torch.optim.AdamW,
+    keep_logits: bool = False,
     **overrides: Any,
 ) -> nn.Module:
     """Compiles a model in place so that all its parameters train in little memory.
@@ -79,6 +82,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         recipe: ``"auto"``, ``"galore"`` or ``"full"``, or a ``Recipe``.
         optimizer: a ``torch.optim`` class, a ``functools.partial`` of one (``partial(AdamW, lr=1e-3)``), or an
             instance over the model's parameters, which then refuses its own ``step()``.
+        keep_logits: return ``outputs.logits`` in training too. Without it they are None where the model computes its
+            loss from them by plain cross-entropy: the logits then never exist as a whole.
         **overrides: parts of the recipe: ``rank=128``, ``refresh_gap=200``, ``update="in-backward"``, ...
 
     Returns:
@@ -97,7 +102,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     subspace_optimizer = _make_optimizer(decisions, records, layers)
     if decisions.optimizer is optimizer:
         retire(decisions.optimizer)
-    regions = _install(model, decisions, subspace_optimizer)
+    regions = _install(model, decisions, subspace_optimizer, keep_logits)
     model.galore_fx = Compiled(subspace_optimizer, decisions.plan, regions, decisions.updates)  # type: ignore[assignment]
     return model
 
@@ -173,7 +178,15 @@ def _make_optimizer(decisions: _Decisions, records: list[ProjectedParameter], la
     )
 
 
-def _install(model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimizer) -> RegionCompiler:
+def _base_model(model: nn.Module) -> nn.Module | None:
+    """A transformers model without its head, None where there is no such part."""
+    base = getattr(model, "base_model", None)
+    return base if isinstance(base, nn.Module) and base is not model else None
+
+
+def _install(
+    model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimizer, keep_logits: bool
+) -> RegionCompiler:
     """Puts the dispatchers in place: one compiled function per forward function, shared by the layers that use it."""
     compiler = RegionCompiler()
     compiled: dict[object, Any] = {}
@@ -185,6 +198,13 @@ def _install(model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimiz
             )
         module = region.module
         module.forward = CompiledForward(module, module.forward, compiled[function])
-    model.forward = TrainingForward(model, model.forward)
+    base = _base_model(model)
+    training = None
+    if base is not None and not keep_logits:
+        base.forward = OpaqueForward(base, base.forward)
+        training = dispatch_compiler(
+            own_code_object(type(model).forward), compile_head, recompile_limit=_RECOMPILE_LIMIT, whole=False
+        )
+    model.forward = TrainingForward(model, model.forward, training)
     model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
     return compiler

@@ -56,10 +56,10 @@ def current_tracing_context() -> TracingContext:
 
 
 def dispatch_compiler(
-    function: Callable[..., Any], backend: Callable[..., Any], *, recompile_limit: int
+    function: Callable[..., Any], backend: Callable[..., Any], *, recompile_limit: int, whole: bool = True
 ) -> Callable[..., Any]:
-    """``torch.compile`` of one function, whole or not at all, with its own limit of recompilations."""
-    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    """``torch.compile`` of one function with its own limit of recompilations; ``whole``: as one graph or not at all."""
+    compiled = torch.compile(function, backend=backend, fullgraph=whole)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _recompile_limit(recompile_limit):

@@ -74,11 +74,19 @@ class TrainingForward(_StandIn):
 
     transformers' ``use_cache=True`` default would hand each layer a cache object that training never reads; it is
     switched off in the configurations for the duration of a training call, and restored after it.
+
+    Args:
+        module: the model.
+        original: its forward.
+        training: what runs in training in its place, with the module as first argument; None for the original.
     """
 
-    def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
+    def __init__(
+        self, module: nn.Module, original: Callable[..., Any], training: Callable[..., Any] | None = None
+    ) -> None:
         super().__init__(module)
         self.original = original
+        self.training = training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Dispatches one call."""
@@ -88,7 +96,22 @@ class TrainingForward(_StandIn):
             warnings.warn("use_cache=True is ignored in training: no key-value cache is kept", stacklevel=2)
             kwargs = {**kwargs, "use_cache": False}
         with _without_cache(self.module):
-            return self.original(*args, **kwargs)
+            if self.training is None:
+                return self.original(*args, **kwargs)
+            return self.training(self.module, *args, **kwargs)
+
+
+class OpaqueForward(_StandIn):
+    """The base model's forward, into which Dynamo does not look when it captures the head; its blocks are compiled."""
+
+    def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
+        super().__init__(module)
+        self.original = original
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The original forward."""
+        return self.original(*args, **kwargs)
 
 
 class ClearingZeroGrad(_StandIn):

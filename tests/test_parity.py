@@ -56,10 +56,10 @@ def test_weight_decay_equals_a_plain_reference_in_torchs_order():
     model = llama(num_layers=2)
     reference = copy.deepcopy(model)
     galore_fx.compile(
-        model, recipe="galore", rank=RANK, refresh_gap=GAP, optimizer=adamw(weight_decay=0.1, lr=3e-3, eps=1e-6)
+        model, recipe="galore", rank=RANK, refresh_gap=GAP, optimizer=adamw(weight_decay=0.1, eps=1e-6)
     )
     projected, full = _split(reference, model.galore_fx.stats()["projected"])
-    plain = PlainGaLore(projected, full, rank=RANK, gap=GAP, scale=SCALE, lr=3e-3, weight_decay=0.1, eps=1e-6)
+    plain = PlainGaLore(projected, full, rank=RANK, gap=GAP, scale=SCALE, lr=1e-3, weight_decay=0.1, eps=1e-6)
     for ids in batches(12):
         backward(model, ids)
         backward(reference, ids)

@@ -75,7 +75,7 @@ class CapturedRegion:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.pass_records: list[list[PassRecord]] = []
-        self._gm = _copy_graph(gm)
+        self._gm = copy_graph(gm)
         self._context = current_tracing_context()
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._fakes = [node.meta["example_value"] for node in placeholders]
@@ -113,12 +113,12 @@ class CapturedRegion:
         passes: list[GraphPass] = [functools.partial(project_gradients, targets=targets)] if targets else []
         inputs = [*self._fakes, *extra]
         with tracing(self._context):
-            gm, pass_records = run_passes(_copy_graph(self._gm), inputs, passes)
+            gm, pass_records = run_passes(copy_graph(self._gm), inputs, passes)
             self.pass_records.append(pass_records)
             return compile_graph(gm, inputs)
 
 
-def _copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of its own with the same nodes: Dynamo still reads its graph's placeholders after the backend ran."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}

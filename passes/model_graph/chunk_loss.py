@@ -1,0 +1,62 @@
+"""Pass: linear head + cross-entropy become one operation that never forms the logits.
+
+    before   logits = linear(x, W, b);  loss = cross_entropy(view(float(logits)), y);   return loss, logits
+    after    loss = linear_cross_entropy(x, W, b, y);                                    return loss, None
+
+requires  the graph of what follows the last block, as Dynamo gives it.
+ensures   unchanged where something other than the loss reads the logits, or where the loss is another one (class
+          weights, label smoothing, soft-capped logits, ...); the logits are then formed as the model says.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from galore_fx.passes.model_graph.find_linears import WeightLayout, find_linears
+from galore_fx.passes.model_graph.linear_cross_entropy import linear_cross_entropy
+
+_SETTINGS = {"ignore_index", "reduction"}
+
+
+def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
+    """Rewrites the heads of ``gm`` (in place) whose logits only the loss reads."""
+    output = next(node for node in gm.graph.nodes if node.op == "output")
+    for site in find_linears(gm):
+        loss = _loss_of(site.node, output)
+        if loss is None or site.layout is not WeightLayout.OUT_IN:
+            continue
+        settings: dict[str, Any] = {"ignore_index": -100, "reduction": "mean", **loss.kwargs}
+        arguments = (*site.operands(), loss.args[1], settings["ignore_index"], settings["reduction"])
+        with gm.graph.inserting_before(loss):
+            fused = gm.graph.call_function(linear_cross_entropy, arguments)
+        fused.meta["galore_fx"] = {"pass": "chunk_loss"}
+        loss.replace_all_uses_with(fused)
+        logits = _same_values(site.node)
+        output.args = (tuple(None if value in logits else value for value in output.args[0]),)
+        gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _loss_of(logits: fx.Node, output: fx.Node) -> fx.Node | None:
+    """The one cross-entropy that reads the logits, if besides the graph's output nothing else does."""
+    forms = _same_values(logits)
+    readers = {user for form in forms for user in form.users} - forms - {output}
+    if len(readers) != 1:
+        return None
+    loss = readers.pop()
+    known = loss.target is torch.nn.functional.cross_entropy and loss.args and loss.args[0] in forms
+    plain = known and len(loss.args) == 2 and set(loss.kwargs) <= _SETTINGS
+    return loss if plain and loss.kwargs.get("reduction", "mean") in ("mean", "sum") else None
+
+
+def _same_values(logits: fx.Node) -> set[fx.Node]:
+    """The logits and their copies in other shapes or float32."""
+    forms = {logits}
+    for node in logits.graph.nodes:
+        reshaped = node.op == "call_method" and node.target in ("float", "view", "reshape", "contiguous")
+        if reshaped and node.args[0] in forms:
+            forms.add(node)
+    return forms
