@@ -298,7 +298,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     holder = record.leaf
                 grad, holder.grad = holder.grad, None
                 assert grad is not None
-                if torch.isfinite(grad).all():
+                # By the norm: torch.isfinite on the gradient itself would make temporaries of its size.
+                if torch.isfinite(torch.linalg.vector_norm(grad)):
                     self._update(parameter, grad)
                 else:
                     self.counters.num_skipped += 1

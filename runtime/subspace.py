@@ -64,7 +64,7 @@ def exact_basis(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
 
     Source: GaLore, arXiv:2403.03507, algorithm 2.
     """
-    if not bool(torch.isfinite(grad).all()):
+    if not bool(torch.isfinite(torch.linalg.vector_norm(grad))):
         return None
     try:
         left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)

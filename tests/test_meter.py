@@ -26,7 +26,7 @@ def test_the_peak_and_what_is_kept_are_exact():
 
 
 def test_the_timeline_starts_at_nothing_and_goes_on_in_time():
-    timeline = memory_timeline(lambda: torch.empty(64) + 1)
+    timeline = memory_timeline(lambda: torch.empty(64).neg())
     assert timeline[0] == (0.0, 0)
     assert [time for time, _ in timeline] == sorted(time for time, _ in timeline)
     assert max(live for _, live in timeline) == 512

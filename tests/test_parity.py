@@ -55,9 +55,7 @@ def test_25_steps_equal_the_released_optimizer(make, num_projected):
 def test_weight_decay_equals_a_plain_reference_in_torchs_order():
     model = llama(num_layers=2)
     reference = copy.deepcopy(model)
-    galore_fx.compile(
-        model, recipe="galore", rank=RANK, refresh_gap=GAP, optimizer=adamw(weight_decay=0.1, eps=1e-6)
-    )
+    galore_fx.compile(model, recipe="galore", rank=RANK, refresh_gap=GAP, optimizer=adamw(weight_decay=0.1, eps=1e-6))
     projected, full = _split(reference, model.galore_fx.stats()["projected"])
     plain = PlainGaLore(projected, full, rank=RANK, gap=GAP, scale=SCALE, lr=1e-3, weight_decay=0.1, eps=1e-6)
     for ids in batches(12):

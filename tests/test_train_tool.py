@@ -1,6 +1,7 @@
 """The main job, small: it trains, reports, stops and goes on bit-identically, and refuses bad input."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,7 @@ def small(tmp_path):
 def test_a_stopped_run_goes_on_bit_identically_and_exports_plain_weights(small):
     folder, arguments = small
     straight = train.main(arguments("straight"))
-    assert straight["held_out_loss"] < straight["unigram_entropy"] + 2
+    assert straight["held_out_loss"] < math.log(300), "better than knowing nothing"
     assert straight["counted_peak_bytes"] > 0
     assert train.main(arguments("stopped", "--stop-after", 4)) == {"step": 4}
     resumed = train.main(arguments("stopped", "--resume"))
