@@ -1,6 +1,7 @@
 """``galore_fx.compile`` and ``galore_fx.plan``: all checks and decisions first, then the changes to the model."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,9 +57,10 @@ def plan(
     optimizer: OptimizerChoice = torch.optim.AdamW,
     **overrides: Any,
 ) -> Plan:
-    """What ``compile`` would do to the model, from shapes alone.
+    """What ``compile`` would do to the model, from shapes alone; changes nothing.
 
-    Takes what ``compile`` takes and raises what it raises; changes nothing.
+    Takes what ``compile`` takes, and raises what it raises, with one exception: a budget that cannot hold what is kept
+    is said by ``Plan.fits``.
     """
     return _decide(model, budget, sample, recipe, optimizer, overrides).plan
 
@@ -123,7 +125,7 @@ def _decide(
         raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
     regions = find_regions(model)
     instance = resolve_optimizer(optimizer, model)
-    updates = UpdateCompiler(type(instance))
+    updates = UpdateCompiler(type(instance), instance.defaults)
     for group in instance.param_groups:
         updates.check(group)
     if sample is not None:
@@ -137,6 +139,8 @@ def _decide(
         num_state_tensors=len(layout.initial),
         num_state_scalars=len(layout.scalars),
         budget_bytes=budget_bytes,
+        fixed_bytes=sum(b.nbytes for b in model.buffers())
+        + sum(p.nbytes for p in model.parameters() if not p.requires_grad),
     )
     return _Decisions(resolved, regions, instance, updates, made)
 
@@ -184,6 +188,24 @@ def _base_model(model: nn.Module) -> nn.Module | None:
     return base if isinstance(base, nn.Module) and base is not model else None
 
 
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(part)]
+
+
+def _forward_function(module: nn.Module) -> Callable[..., Any]:
+    """What a call of the module runs, taking the module first: its class's forward, or one set on the instance."""
+    own = vars(module).get("forward")
+    if own is None:
+        function: Callable[..., Any] = type(module).forward
+        return function
+
+    def forward(_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    return forward
+
+
 def _install(
     model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimizer, keep_logits: bool
 ) -> RegionCompiler:
@@ -191,16 +213,19 @@ def _install(
     compiler = RegionCompiler()
     compiled: dict[object, Any] = {}
     for region in decisions.regions:
-        function = type(region.module).forward
+        module = region.module
+        function = _forward_function(module)
         if function not in compiled:
             compiled[function] = dispatch_compiler(
                 own_code_object(function), compiler, recompile_limit=_RECOMPILE_LIMIT
             )
-        module = region.module
         module.forward = CompiledForward(module, module.forward, compiled[function])
     base = _base_model(model)
     training = None
-    if base is not None and not keep_logits:
+    inside = base is not None and all(
+        region.name.startswith(f"{_name_of(model, base)}.") for region in decisions.regions
+    )
+    if base is not None and inside and "forward" not in vars(model) and not keep_logits:
         base.forward = OpaqueForward(base, base.forward)
         training = dispatch_compiler(
             own_code_object(type(model).forward), compile_head, recompile_limit=_RECOMPILE_LIMIT, whole=False

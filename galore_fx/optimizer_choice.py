@@ -52,7 +52,7 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
 
 
 def retire(instance: torch.optim.Optimizer) -> None:
-    """Makes the user's own instance refuse ``step()``: it would see no gradient and train nothing, in silence."""
+    """Makes the user's own instance refuse ``step()`` and its state: it would train and save nothing, in silence."""
 
     def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
         raise UsageError(
@@ -60,4 +60,11 @@ def retire(instance: torch.optim.Optimizer) -> None:
             "The param groups are shared, so learning-rate schedulers may stay on either"
         )
 
-    instance.step = types.MethodType(step, instance)  # type: ignore[method-assign]
+    def state_dict(self: torch.optim.Optimizer) -> Any:
+        raise UsageError(f"this {type(self).__name__} keeps no state; save model.galore_fx.optimizer.state_dict()")
+
+    def load_state_dict(self: torch.optim.Optimizer, state_dict: Any) -> Any:
+        raise UsageError(f"this {type(self).__name__} keeps no state; load it into model.galore_fx.optimizer")
+
+    for method in (step, state_dict, load_state_dict):
+        setattr(instance, method.__name__, types.MethodType(method, instance))

@@ -48,6 +48,7 @@ class Plan:
         budget_bytes: the budget, None without one.
         regions: names of the modules that are compiled as one graph each.
         parameters: one entry per trained parameter.
+        fixed_bytes: bytes of frozen parameters and buffers.
     """
 
     recipe: dict[str, Any]
@@ -55,11 +56,13 @@ class Plan:
     budget_bytes: int | None
     regions: tuple[str, ...]
     parameters: tuple[ParameterPlan, ...]
+    fixed_bytes: int
 
     @property
     def categories(self) -> dict[str, int]:
         """Bytes by category, summed over the parameters; gradients as many as the update mode holds at once."""
         sizes = {name: sum(p.bytes[name] for p in self.parameters) for name in CATEGORIES}
+        sizes["weights"] += self.fixed_bytes
         if self.recipe["update"] == "in-backward":
             by_region: dict[object, int] = {}
             for p in self.parameters:
@@ -116,6 +119,7 @@ class Plan:
             parameters = tuple(
                 ParameterPlan(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["parameters"]
             )
-            return cls(data["recipe"], data["optimizer"], data["budget_bytes"], tuple(data["regions"]), parameters)
+            regions, fixed_bytes = tuple(data["regions"]), int(data["fixed_bytes"])
+            return cls(data["recipe"], data["optimizer"], data["budget_bytes"], regions, parameters, fixed_bytes)
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f"not a plan that galore_fx wrote: {error!r}") from error

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dynamo.exc import TorchDynamoException as DynamoError
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx as _compile_fx
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutput
@@ -28,6 +29,7 @@ F_LINEAR = torch._C._nn.linear
 __all__ = [
     "F_LINEAR",
     "DataDependentOutput",
+    "DynamoError",
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",

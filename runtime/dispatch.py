@@ -7,6 +7,7 @@ Each model has its own code objects, since Dynamo keeps its variants per code ob
 them when several models share the class of a layer.
 """
 
+import inspect
 import itertools
 import types
 import warnings
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from galore_fx.errors import CaptureError
+from galore_fx.runtime.compatibility import DynamoError
 
 _NUMBERS = itertools.count()
 
@@ -41,6 +45,8 @@ class _StandIn:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # generate() and Trainer look up which arguments a model takes.
+        self.__signature__ = inspect.signature(getattr(module, self.method))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return plain_method(memo[id(self.module)], self.method)
@@ -64,9 +70,14 @@ class CompiledForward(_StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Dispatches one call."""
-        if self.module.training and torch.is_grad_enabled():
+        if not (self.module.training and torch.is_grad_enabled()):
+            return self.original(*args, **kwargs)
+        try:
             return self.compiled(self.module, *args, **kwargs)
-        return self.original(*args, **kwargs)
+        except DynamoError as error:
+            raise CaptureError(
+                f"a {type(self.module).__name__} could not be captured as one graph and compiled: {error}"
+            ) from error
 
 
 class TrainingForward(_StandIn):

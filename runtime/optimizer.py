@@ -14,6 +14,7 @@ window on. So the basis is constant inside a window and accumulated gradients ar
 import dataclasses
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -77,6 +78,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._updated: set[int] = set()
         self._settings: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
+        self._named: set[str] = set()
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
@@ -88,7 +90,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates the parameters (deferred), or closes the window in which the backward has updated them.
 
-        Where a gradient is not finite nothing is updated, and the step is counted as skipped.
+        Where a gradient is not finite no weight and no state is updated, and the step is counted as skipped.
 
         Args:
             closure: evaluates the model again and returns the loss; called first, with grad enabled.
@@ -131,6 +133,19 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
             self._versions.clear()
         return norm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while the optimizer is built: a later group would have neither state nor plan.
+
+        Raises:
+            UsageError: after that.
+        """
+        if hasattr(self, "_groups"):
+            raise UsageError(
+                "add_param_group after compile: give all parameters to galore_fx.compile, as an optimizer instance "
+                "with the groups you want"
+            )
+        super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients of the window, projected ones too."""
@@ -217,6 +232,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Each parameter with its gradient, projected where it is; full gradients of what is due are consumed."""
         gradients = []
         for parameter in self._parameters():
+            if not parameter.requires_grad:
+                continue  # frozen since compile: as torch.optim, which sees no gradient then
             record = self._records.get(id(parameter))
             if record is not None and parameter.grad is not None:
                 self._project_full(record, parameter.grad)
@@ -231,27 +248,47 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             yield record.leaf if record is not None else parameter
 
     def _project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
-        """Renews the basis from the full gradient, and leaves the projected gradient in its place."""
-        self._renew(record, lambda: exact_basis(grad, record.rank, record.dim))
-        record.leaf.grad = project(grad, record.basis, record.dim)
+        """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
+        if self._exact and id(record.weight) in self._due:
+            self._renew(record, lambda: exact_basis(grad, record.rank, record.dim))
+        elif record.form is not GradientForm.FULL and record.name not in self._named:
+            self._named.add(record.name)
+            warnings.warn(
+                f"the full gradient of {record.name} was formed, and then projected: its block ran uncompiled "
+                "(in eval mode with grad enabled, or its weight is used outside it). Right, but slow and large",
+                stacklevel=2,
+            )
+        projected = project(grad, record.basis, record.dim)
+        record.leaf.grad = projected if record.leaf.grad is None else record.leaf.grad + projected
         record.weight.grad = None
 
     # In the backward.
 
     def _install_hooks(self) -> None:
+        """Hooks hold neither the optimizer nor a parameter: a cycle through autograd's hooks is never collected."""
         for parameter in self._parameters():
             record = self._records.get(id(parameter))
             if record is not None:
-                record.sketch_leaf.register_post_accumulate_grad_hook(self._sketch_hook(record))
+                record.sketch_leaf.register_post_accumulate_grad_hook(self._hook("_keep_sketch", parameter))
             if not self.in_backward:
                 if record is None and self._records:
-                    parameter.register_post_accumulate_grad_hook(self._note_version)
+                    parameter.register_post_accumulate_grad_hook(self._hook("_note_version", parameter))
                 continue
-            parameter.register_post_accumulate_grad_hook(self._gradient_hook(parameter, record))
+            parameter.register_post_accumulate_grad_hook(self._hook("_update_at_once", parameter))
             if record is not None:
-                record.leaf.register_post_accumulate_grad_hook(self._gradient_hook(parameter, record))
+                record.leaf.register_post_accumulate_grad_hook(self._hook("_update_at_once", parameter))
 
-    def _note_version(self, parameter: Tensor) -> None:
+    def _hook(self, method: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+        optimizer, weak_parameter = weakref.ref(self), weakref.ref(parameter)
+
+        def call(holder: Tensor) -> None:
+            alive, owner = optimizer(), weak_parameter()
+            if alive is not None and owner is not None:
+                getattr(alive, method)(owner, holder)
+
+        return call
+
+    def _note_version(self, parameter: nn.Parameter, _holder: Tensor) -> None:
         """Remembers a full gradient as autograd left it."""
         if parameter.grad is not None:
             self._versions[id(parameter)] = parameter.grad._version
@@ -269,45 +306,40 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 )
                 return
 
-    def _sketch_hook(self, record: ProjectedParameter) -> Callable[[Tensor], None]:
+    def _keep_sketch(self, parameter: nn.Parameter, leaf: Tensor) -> None:
         """Keeps the first micro-batch's sketch and drops the others'."""
+        if leaf.grad is None:
+            return
+        self._sketches.setdefault(id(parameter), leaf.grad)
+        leaf.grad = None
+        if self.in_backward and id(parameter) in self._updated:
+            self._apply_sketch(self._records[id(parameter)])
 
-        def keep(leaf: Tensor) -> None:
-            if leaf.grad is None:
-                return
-            self._sketches.setdefault(id(record.weight), leaf.grad)
-            leaf.grad = None
-            if self.in_backward and id(record.weight) in self._updated:
+    def _update_at_once(self, parameter: nn.Parameter, holder: Tensor) -> None:
+        """Updates a parameter whose gradient is complete, in the form it came in."""
+        if holder.grad is None or not parameter.requires_grad:
+            return  # the other form was delivered; autograd calls the hook all the same
+        if id(parameter) in self._updated:
+            raise UsageError(
+                "a second backward before optimizer.step(): update='in-backward' has consumed the gradients of "
+                "the first and cannot add to them. Call model.galore_fx.optimizer.step() after each backward, "
+                "or compile with update='deferred' to accumulate gradients"
+            )
+        record = self._records.get(id(parameter))
+        with torch.no_grad():
+            if record is not None and holder is parameter:
+                self._project_full(record, holder.grad)
+                holder = record.leaf
+            grad, holder.grad = holder.grad, None
+            assert grad is not None
+            # By the norm: torch.isfinite on the gradient itself would make temporaries of its size.
+            if torch.isfinite(torch.linalg.vector_norm(grad)):
+                self._update(parameter, grad)
+            else:
+                self.counters.num_skipped += 1
+            self._updated.add(id(parameter))
+            if record is not None and id(parameter) in self._sketches:
                 self._apply_sketch(record)
-
-        return keep
-
-    def _gradient_hook(self, parameter: nn.Parameter, record: ProjectedParameter | None) -> Callable[[Tensor], None]:
-        def update(holder: Tensor) -> None:
-            if holder.grad is None:
-                return  # the other form was delivered; autograd calls the hook all the same
-            if id(parameter) in self._updated:
-                raise UsageError(
-                    "a second backward before optimizer.step(): update='in-backward' has consumed the gradients of "
-                    "the first and cannot add to them. Call model.galore_fx.optimizer.step() after each backward, "
-                    "or compile with update='deferred' to accumulate gradients"
-                )
-            with torch.no_grad():
-                if record is not None and holder is parameter:
-                    self._project_full(record, holder.grad)
-                    holder = record.leaf
-                grad, holder.grad = holder.grad, None
-                assert grad is not None
-                # By the norm: torch.isfinite on the gradient itself would make temporaries of its size.
-                if torch.isfinite(torch.linalg.vector_norm(grad)):
-                    self._update(parameter, grad)
-                else:
-                    self.counters.num_skipped += 1
-                self._updated.add(id(parameter))
-                if record is not None and id(parameter) in self._sketches:
-                    self._apply_sketch(record)
-
-        return update
 
     # One parameter.
 

@@ -129,7 +129,7 @@ def test_the_plan_counts_what_the_optimizer_then_holds():
     others = sum(v.nbytes for s in states for k, v in s.items() if k != "basis")
     assert plan.categories["bases"] == bases
     assert plan.categories["optimizer_state"] == others
-    assert plan.categories["weights"] == sum(p.nbytes for p in model.parameters())
+    assert plan.categories["weights"] == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert plan == model.galore_fx.plan
 
 

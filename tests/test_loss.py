@@ -56,6 +56,13 @@ def test_a_frozen_head_gets_no_gradient_and_inference_makes_none():
         torch.testing.assert_close(linear_cross_entropy(x, w, None, y, -100, "mean"), loss.detach())
 
 
+def test_no_target_at_all_gives_torchs_nan_and_zero_gradients():
+    x, w, _, y = _inputs(torch.float32, False)
+    loss = linear_cross_entropy(x, w, None, torch.full_like(y, -100), -100, "mean")
+    loss.backward()
+    assert loss.isnan() and not x.grad.any() and not w.grad.any()
+
+
 def test_a_second_backward_says_what_to_do():
     x, w, _, y = _inputs(torch.float32, False)
     loss = linear_cross_entropy(x, w, None, y, -100, "mean")
@@ -64,16 +71,19 @@ def test_a_second_backward_says_what_to_do():
         loss.backward()
 
 
-def _head(extra_reader=False, **settings):
+def _head(extra_reader=False, classes=CLASSES, **settings):
     """x -> linear -> float -> view -> cross_entropy; returns (loss, logits)."""
+    logits_like, rows_like = torch.zeros(TOKENS, CLASSES), torch.zeros(TOKENS * CLASSES // classes, classes)
     graph = fx.Graph()
     x, w, y = (graph.placeholder(name) for name in "xwy")
     logits = graph.call_function(torch._C._nn.linear, (x, w, None))
-    rows = graph.call_method("view", (graph.call_method("float", (logits,)), -1, CLASSES))
+    rows = graph.call_method("view", (graph.call_method("float", (logits,)), -1, classes))
     loss = graph.call_function(F.cross_entropy, (rows, y), {"ignore_index": -100, **settings})
     if extra_reader:
         loss = graph.call_function(torch.add, (loss, graph.call_function(torch.mean, (logits,))))
     graph.output((loss, logits))
+    for node, example in ((logits, logits_like), (rows, rows_like), (y, torch.zeros(TOKENS, dtype=torch.int64))):
+        node.meta["example_value"] = example
     return fx.GraphModule({}, graph)
 
 
@@ -87,7 +97,9 @@ def test_the_pass_removes_the_logits():
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("head", [{"extra_reader": True}, {"label_smoothing": 0.1}, {"reduction": "none"}])
+@pytest.mark.parametrize(
+    "head", [{"extra_reader": True}, {"label_smoothing": 0.1}, {"reduction": "none"}, {"classes": 25}]
+)
 def test_the_pass_leaves_other_losses_alone(head):
     gm = _head(**head)
     before = gm.code

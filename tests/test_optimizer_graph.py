@@ -110,9 +110,9 @@ def test_what_is_not_affine_in_the_weight_is_refused_by_name(operation, message)
 
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adafactor, torch.optim.LBFGS])
 def test_classes_that_cannot_be_lowered_are_refused_by_name(optimizer_class):
-    group = optimizer_class([torch.nn.Parameter(torch.ones(2, 2))]).param_groups[0]
+    optimizer = optimizer_class([torch.nn.Parameter(torch.ones(2, 2))])
     with pytest.raises(OptimizerError, match=optimizer_class.__name__):
-        UpdateCompiler(optimizer_class).check(group)
+        UpdateCompiler(optimizer_class, optimizer.defaults).check(optimizer.param_groups[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -125,8 +125,9 @@ def test_ten_updates_equal_a_loop_with_changing_numbers(dim, dtype):
     shape = record.leaf.shape
     state = {"exp_avg": torch.zeros(shape, dtype=dtype), "exp_avg_sq": torch.zeros(shape, dtype=dtype)}
     state["step"] = torch.tensor(0.0)
-    group = torch.optim.AdamW([weight]).param_groups[0]
-    compiler = UpdateCompiler(torch.optim.AdamW)
+    optimizer = torch.optim.AdamW([weight])
+    group = optimizer.param_groups[0]
+    compiler = UpdateCompiler(torch.optim.AdamW, optimizer.defaults)
     w, p = weight.double(), basis.double()
     first = second = torch.zeros(shape, dtype=torch.float64)
     for t in range(1, 11):

@@ -1,8 +1,11 @@
 """Capture and dispatch: one graph for all layers, the compiled form in training only, every weight projected."""
 
 import copy
+import gc
+import inspect
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -142,7 +145,7 @@ def test_a_weight_read_by_something_else_than_a_linear_is_an_error():
 
     model = Regularised(16, 24).train()
     galore_fx.compile(model, rank=4)
-    with pytest.raises(Exception, match=r"weight is read by .*not a linear layer"):
+    with pytest.raises(galore_fx.CaptureError, match=r"weight is read by .*not a linear layer"):
         model(torch.randn(3, 16))
 
 
@@ -164,3 +167,89 @@ def test_a_copy_is_a_plain_model_that_says_so(copier):
         warnings.simplefilter("ignore")
         galore_fx.compile(plain, rank=8, optimizer=adamw())
     assert isinstance(plain.model.layers[0].forward, CompiledForward)
+
+
+def test_a_dropped_model_frees_its_weights_and_state():
+    model = galore_fx.compile(llama(1), rank=8, optimizer=adamw())
+    backward(model, batches(1)[0])
+    model.galore_fx.optimizer.step()
+    optimizer = model.galore_fx.optimizer
+    weak = [weakref.ref(model.model.layers[0].mlp.up_proj.weight), weakref.ref(optimizer)]
+    weak += [weakref.ref(record) for record in optimizer.records]
+    del model, optimizer
+    gc.collect()
+    assert [ref() for ref in weak] == [None] * len(weak)
+
+
+def test_training_in_eval_mode_is_right_and_says_that_it_is_slow():
+    model, reference = galore_fx.compile(llama(1), rank=8, optimizer=adamw(), refresh_gap=100), llama(1)
+    ids = batches(1)[0]
+    model.eval()
+    bases = {record.name: record.basis.clone() for record in model.galore_fx.optimizer.records}
+    for part in ids.chunk(2):
+        backward(model, part, 0.5)
+        backward(reference, part, 0.5)
+    with pytest.warns(UserWarning, match="full gradient of .* was formed"):
+        grads = model.galore_fx.optimizer._collect()
+    assert len(grads) == len(list(model.parameters()))
+    for record in model.galore_fx.optimizer.records:
+        assert torch.equal(record.basis, bases[record.name]), "no SVD was asked for"
+        grad = reference.get_parameter(record.name).grad
+        expected = grad @ record.basis if record.dim.value == "cols" else record.basis.T @ grad
+        torch.testing.assert_close(record.leaf.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_in_nested_lists_are_compiled():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)]) for _ in range(2)])
+
+        def forward(self, x):
+            for first, second in self.layers:
+                x = second(torch.relu(first(x)))
+            return x.square().mean()
+
+    model = galore_fx.compile(Nested().train(), rank=4)
+    model(torch.randn(5, 16)).backward()
+    assert all(
+        record.weight.grad is None and record.leaf.grad is not None for record in model.galore_fx.optimizer.records
+    )
+    assert len(model.galore_fx.stats()["projected"]) == 4
+
+
+def test_a_forward_set_on_the_instance_is_the_one_that_trains():
+    block = nn.Linear(16, 16)
+    block.forward = lambda x: nn.functional.linear(x, block.weight, block.bias) * 3
+    model = nn.Module()
+    model.layers = nn.ModuleList([block])
+    expected = 3 * nn.functional.linear(torch.ones(2, 16), block.weight, block.bias)
+    galore_fx.compile(model.train(), rank=4)
+    torch.testing.assert_close(model.layers[0](torch.ones(2, 16)), expected)
+
+
+def test_signatures_are_those_of_the_model():
+    plain, model = llama(1), galore_fx.compile(llama(1), rank=8, optimizer=adamw())
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+
+
+def test_generate_on_padded_prompts_is_the_models_own():
+    plain, model = gpt2(1).eval(), galore_fx.compile(gpt2(1), rank=8, optimizer=adamw()).eval()
+    ids = batches(1, 2, 6)[0]
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **settings), plain.generate(ids, **settings))
+
+
+def test_weights_frozen_later_stay_and_groups_cannot_be_added():
+    model = galore_fx.compile(llama(1), rank=8, optimizer=adamw())
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.requires_grad_(False)
+    before = weight.clone()
+    for ids in batches(2):
+        backward(model, ids)
+        model.galore_fx.optimizer.step()
+    assert torch.equal(weight, before)
+    with pytest.raises(galore_fx.UsageError, match="add_param_group after compile"):
+        model.galore_fx.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})

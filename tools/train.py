@@ -29,6 +29,20 @@ import galore_fx
 from galore_fx.runtime.meter import MemoryCount, count_memory, tensor_bytes
 from galore_fx.units import format_bytes
 
+# What decides which numbers a run computes; a resumed run must agree in all of them.
+RUN_SETTINGS = (
+    "model",
+    "text",
+    "steps",
+    "batch",
+    "accumulate",
+    "seq",
+    "lr",
+    "weight_decay",
+    "dtype",
+    "vocabulary",
+    "seed",
+)
 # Counted on this step, when everything is compiled and allocated.
 COUNTED_STEP = 4
 
@@ -82,7 +96,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     _compile(model, arguments)
     optimizer = model.galore_fx.optimizer
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(_schedule, steps=arguments.steps))
-    start = _resume(model, scheduler, checkpoint_path) if arguments.resume else 0
+    start = _resume(model, scheduler, checkpoint_path, arguments) if arguments.resume else 0
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"{type(model).__name__}, {num_parameters / 1e6:.1f} M parameters, {arguments.dtype} on {device.type}")
     print(model.galore_fx.plan.table())
@@ -119,7 +133,7 @@ class _Run:
         arguments = self.arguments
         tokens = arguments.batch * arguments.seq * arguments.accumulate
         bar = tqdm(range(start, stop), initial=start, total=arguments.steps, unit="step", file=sys.stdout)
-        with open(self.out / "log.jsonl", "a") as log:
+        with open(self.out / "log.jsonl", "a" if start else "w") as log:
             for step in bar:
                 begin = time.perf_counter()
                 if step == start + COUNTED_STEP:
@@ -157,6 +171,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "settings": {name: getattr(self.arguments, name) for name in RUN_SETTINGS},
         }
         torch.save(state, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
@@ -249,12 +265,22 @@ def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
     )
 
 
-def _resume(model: Any, scheduler: Any, path: Path) -> int:
+def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespace) -> int:
     state = torch.load(path, weights_only=True)
+    for name, saved in state["settings"].items():
+        if getattr(arguments, name) != saved:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"{option} {getattr(arguments, name)}: {path} was made with {option} {saved}; resume with that"
+            )
+    if state["step"] >= arguments.steps:
+        raise InputError(f"--resume: {path} is at step {state['step']} of {arguments.steps}: the run is finished")
     model.load_state_dict(state["model"])
     model.galore_fx.optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
     print(f"resumed {path} at step {state['step']}")
     return int(state["step"])
 

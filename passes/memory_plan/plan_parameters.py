@@ -28,6 +28,7 @@ def plan_parameters(
     num_state_tensors: int,
     num_state_scalars: int,
     budget_bytes: int | None,
+    fixed_bytes: int,
 ) -> Plan:
     """The plan of a model under a recipe.
 
@@ -39,6 +40,7 @@ def plan_parameters(
         num_state_tensors: tensors of the gradient's shape that it keeps per parameter.
         num_state_scalars: float32 numbers that it keeps per parameter.
         budget_bytes: the budget, None without one.
+        fixed_bytes: bytes of frozen parameters and buffers.
     """
     projected = {id(w.weight): (index, w) for index, region in enumerate(regions) for w in region.weights}
     entries = []
@@ -68,7 +70,7 @@ def plan_parameters(
         }
         entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes))
     names = tuple(region.name for region in regions)
-    return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries))
+    return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries), fixed_bytes)
 
 
 def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:

@@ -48,8 +48,22 @@ def _loss_of(logits: fx.Node, output: fx.Node) -> fx.Node | None:
         return None
     loss = readers.pop()
     known = loss.target is torch.nn.functional.cross_entropy and loss.args and loss.args[0] in forms
-    plain = known and len(loss.args) == 2 and set(loss.kwargs) <= _SETTINGS
+    plain = known and len(loss.args) == 2 and set(loss.kwargs) <= _SETTINGS and _one_row_per_target(logits, loss)
     return loss if plain and loss.kwargs.get("reduction", "mean") in ("mean", "sum") else None
+
+
+def _one_row_per_target(logits: fx.Node, loss: fx.Node) -> bool:
+    """Whether the loss reads rows of whole logits against class indices, and not another view of them."""
+    rows, target, whole = (_example(n) for n in (loss.args[0], loss.args[1], logits))
+    if rows is None or target is None or whole is None:
+        return False
+    whole_rows = rows.ndim == 2 and rows.shape[-1] == whole.shape[-1]
+    return whole_rows and target.ndim == 1 and target.dtype is torch.int64
+
+
+def _example(value: object) -> torch.Tensor | None:
+    example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
+    return example if isinstance(example, torch.Tensor) else None
 
 
 def _same_values(logits: fx.Node) -> set[fx.Node]:

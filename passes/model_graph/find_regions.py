@@ -8,6 +8,7 @@ in GaLore's released training script (methods: every linear of attention and MLP
 import dataclasses
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from galore_fx.errors import ModelError
 
@@ -73,15 +74,27 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if not isinstance(module, nn.ModuleList) or any(name.startswith(prefix) for prefix in inside):
             continue
         inside.append(f"{name}.")
-        blocks += [(f"{name}.{key}", child) for key, child in module.named_children()]
+        blocks += _entries(name, module)
     return blocks
+
+
+def _entries(name: str, container: nn.ModuleList) -> list[tuple[str, nn.Module]]:
+    """The modules of a list that are called; a list inside it is not."""
+    found: list[tuple[str, nn.Module]] = []
+    for key, child in container.named_children():
+        if isinstance(child, nn.ModuleList):
+            found += _entries(f"{name}.{key}", child)
+        else:
+            found.append((f"{name}.{key}", child))
+    return found
 
 
 def _linear_weights(prefix: str, module: nn.Module, claimed: set[int]) -> tuple[LinearWeight, ...]:
     found = []
     for name, child in module.named_modules(prefix=prefix):
         in_first = type(child).__name__ == "Conv1D" and hasattr(child, "nf")
-        if not (isinstance(child, nn.Linear) or in_first):
+        # nn.MultiheadAttention hands its output layer's weight to a function of its own and never calls the layer.
+        if not (isinstance(child, nn.Linear) or in_first) or isinstance(child, NonDynamicallyQuantizableLinear):
             continue
         weight = child.weight
         usable = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()

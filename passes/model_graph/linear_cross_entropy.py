@@ -56,9 +56,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         num_tokens, vocabulary = hidden.shape[0], weight.shape[0]
         counts = target != ignore_index
-        factor = counts.float()
+        factor, num_counting = counts.float(), counts.sum()
         if reduction == "mean":
-            factor /= counts.sum()
+            factor /= num_counting.clamp_min(1)
         safe_target = torch.where(counts, target, 0)
         sums = _GradientSums(ctx.needs_input_grad, hidden, weight, bias)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -75,7 +75,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.mul_(factor[part, None])
                 sums.add(part, logits.to(hidden.dtype), hidden[part], weight)
         ctx.gradients = sums.finished()
-        return loss
+        # As torch: the mean over no target at all is NaN, its gradients are zero.
+        return loss * (num_counting / num_counting) if reduction == "mean" else loss
 
     @staticmethod
     @once_differentiable
@@ -101,7 +102,8 @@ class _GradientSums:
         self.wanted = any(needs[:3])
         self.dtype = weight.dtype
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        self.weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
+        make = torch.empty_like if hidden.shape[0] else torch.zeros_like
+        self.weight = make(weight, dtype=torch.float32) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
 
     def add(self, part: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:

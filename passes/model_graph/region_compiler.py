@@ -133,7 +133,8 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _graph_identity(gm: fx.GraphModule) -> tuple[object, ...] | None:
     """What two captures must share to be one region; None where sizes are symbols, which belong to one capture."""
-    described: list[object] = [gm.code]
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    described: list[object] = [gm.code, *autocast]
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             return None

@@ -173,6 +173,10 @@ class _Lowering:
         if not elementwise or any(isinstance(a, _Full) for a in operands):
             does = "reads the weight in a way that is not scaling or adding" if elementwise else "is not elementwise"
             raise OptimizerError(f"the step's operation {target} {does}. {WHAT_CAN_BE_LOWERED}")
+        if keywords:
+            raise OptimizerError(
+                f"the step's operation {target} has settings {sorted(keywords)}. {WHAT_CAN_BE_LOWERED}"
+            )
         plain = []
         for argument in arguments:
             live = isinstance(argument, _Scalar) and isinstance(argument.value, fx.Node)

@@ -39,10 +39,16 @@ class UpdateCompiler:
 
     Attributes:
         optimizer_class: the class whose step is lowered.
+
+    Args:
+        optimizer_class: the same.
+        defaults: its instance's ``defaults``: which keys of a param group are its settings. Others, such as a
+            scheduler's ``initial_lr`` or a group's name, are nobody's business here.
     """
 
-    def __init__(self, optimizer_class: type[torch.optim.Optimizer]) -> None:
+    def __init__(self, optimizer_class: type[torch.optim.Optimizer], defaults: Mapping[str, Any]) -> None:
         self.optimizer_class = optimizer_class
+        self._defaults = defaults
         self._layouts: dict[object, StateLayout] = {}
         self._chosen: dict[object, CompiledUpdate] = {}
         self._used: set[CompiledUpdate] = set()
@@ -54,13 +60,15 @@ class UpdateCompiler:
 
     def read(self, group: Mapping[str, Any]) -> GroupSettings:
         """The settings of a param group as they are now, for ``layout`` and ``update``."""
-        return GroupSettings.read(group)
+        return GroupSettings.read({key: value for key, value in group.items() if key in self._defaults})
 
     def layout(self, settings: GroupSettings, group: Mapping[str, Any]) -> StateLayout:
         """What the class keeps per parameter under these settings."""
-        if settings.switches not in self._layouts:
-            self._layouts[settings.switches] = state_layout(self.optimizer_class, group)
-        return self._layouts[settings.switches]
+        # Whether a state exists can hang on a number being zero: SGD keeps a buffer only with momentum.
+        key = settings.switches, tuple(name for name, value in settings.floats.items() if value)
+        if key not in self._layouts:
+            self._layouts[key] = state_layout(self.optimizer_class, group)
+        return self._layouts[key]
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Traces and lowers a step without compiling it, so that what cannot be lowered fails at once.
