@@ -221,9 +221,12 @@ def evaluate(model: nn.Module, held_out: Tensor, batch: int, device: torch.devic
 def _model_and_text(arguments: argparse.Namespace) -> tuple[Any, Sequences, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+    config_file = arguments.model is not None and arguments.model.endswith(".json")
+    if config_file and not Path(arguments.model).is_file():
+        raise InputError(f"--model {arguments.model}: not a transformers config file: no such file")
     num_tokens = arguments.steps * arguments.accumulate * arguments.batch * arguments.seq
     corpus = read_corpus(arguments.text, num_tokens)
-    if arguments.model is not None and not arguments.model.endswith(".json"):
+    if arguments.model is not None and not config_file:
         try:
             model = AutoModelForCausalLM.from_pretrained(arguments.model)
             tokenizer = AutoTokenizer.from_pretrained(arguments.model)
