@@ -11,17 +11,18 @@ from galore_fx.errors import ModelError
 from galore_fx.handle import Compiled
 from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer, retire
 from galore_fx.passes.memory_plan.plan_parameters import check_budget, plan_parameters
-from galore_fx.passes.model_graph.find_regions import Region, find_regions
+from galore_fx.passes.model_graph.find_regions import Region, find_regions, find_stems
 from galore_fx.passes.model_graph.head_compiler import compile_head
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe, resolve_recipe
-from galore_fx.runtime.compatibility import dispatch_compiler
+from galore_fx.runtime.compatibility import dispatch_compiler, refuse_unsupported_modes
 from galore_fx.runtime.dispatch import (
     ClearingZeroGrad,
     CompiledForward,
     OpaqueForward,
+    RegionFunction,
     TrainingForward,
     own_code_object,
 )
@@ -73,6 +74,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     recipe: str | Recipe = "auto",
     optimizer: OptimizerChoice = torch.optim.AdamW,
     keep_logits: bool = False,
+    strict: bool = False,
     **overrides: Any,
 ) -> nn.Module:
     """Compiles a model in place so that all its parameters train in little memory.
@@ -86,13 +88,15 @@ def compile(  # noqa: A001 - the name users know from torch.compile
             instance over the model's parameters, which then refuses its own ``step()``.
         keep_logits: return ``outputs.logits`` in training too. Without it they are None where the model computes its
             loss from them by plain cross-entropy: the logits then never exist as a whole.
+        strict: raise where a block cannot be captured as one graph, instead of training it uncompiled with a warning.
         **overrides: parts of the recipe: ``rank=128``, ``refresh_gap=200``, ``update="in-backward"``, ...
 
     Returns:
         The same module. ``model.galore_fx`` has ``.optimizer`` (step it), ``.plan`` and ``.stats()``.
 
     Raises:
-        SettingError: an unknown recipe or override, or a value that is not allowed.
+        SettingError: an unknown recipe or override, a value that is not allowed, or a mode of torch's that is not
+            supported (compiled autograd, CUDA graphs).
         ModelError: no linear layer to project, a sample the model does not accept, a model already compiled.
         OptimizerError: an optimizer over other parameters, or one whose step cannot be lowered.
         BudgetError: what is kept through the step already exceeds the budget.
@@ -104,8 +108,10 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     subspace_optimizer = _make_optimizer(decisions, records, layers)
     if decisions.optimizer is optimizer:
         retire(decisions.optimizer)
-    regions = _install(model, decisions, subspace_optimizer, keep_logits)
-    model.galore_fx = Compiled(subspace_optimizer, decisions.plan, regions, decisions.updates)  # type: ignore[assignment]
+    compiler, forwards = _install(model, decisions, subspace_optimizer, keep_logits, strict)
+    model.galore_fx = Compiled(  # type: ignore[assignment]
+        subspace_optimizer, decisions.plan, compiler, decisions.updates, forwards
+    )
     return model
 
 
@@ -117,6 +123,7 @@ def _decide(
     optimizer: OptimizerChoice,
     overrides: dict[str, Any],
 ) -> _Decisions:
+    refuse_unsupported_modes()
     resolved = resolve_recipe(recipe, overrides)
     budget_bytes = None if budget is None else parse_bytes(budget)
     if not isinstance(model, nn.Module):
@@ -182,17 +189,6 @@ def _make_optimizer(decisions: _Decisions, records: list[ProjectedParameter], la
     )
 
 
-def _base_model(model: nn.Module) -> nn.Module | None:
-    """A transformers model without its head, None where there is no such part."""
-    base = getattr(model, "base_model", None)
-    return base if isinstance(base, nn.Module) and base is not model else None
-
-
-def _name_of(model: nn.Module, part: nn.Module) -> str:
-    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-    return names[id(part)]
-
-
 def _forward_function(module: nn.Module) -> Callable[..., Any]:
     """What a call of the module runs, taking the module first: its class's forward, or one set on the instance."""
     own = vars(module).get("forward")
@@ -207,29 +203,29 @@ def _forward_function(module: nn.Module) -> Callable[..., Any]:
 
 
 def _install(
-    model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimizer, keep_logits: bool
-) -> RegionCompiler:
+    model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimizer, keep_logits: bool, strict: bool
+) -> tuple[RegionCompiler, list[CompiledForward]]:
     """Puts the dispatchers in place: one compiled function per forward function, shared by the layers that use it."""
     compiler = RegionCompiler()
-    compiled: dict[object, Any] = {}
+    functions: dict[object, RegionFunction] = {}
+    forwards: list[CompiledForward] = []
     for region in decisions.regions:
         module = region.module
         function = _forward_function(module)
-        if function not in compiled:
-            compiled[function] = dispatch_compiler(
-                own_code_object(function), compiler, recompile_limit=_RECOMPILE_LIMIT
+        if function not in functions:
+            functions[function] = RegionFunction(
+                dispatch_compiler(own_code_object(function), compiler, recompile_limit=_RECOMPILE_LIMIT), strict
             )
-        module.forward = CompiledForward(module, module.forward, compiled[function])
-    base = _base_model(model)
+        forwards.append(CompiledForward(region.name, module, module.forward, functions[function]))
+        module.forward = forwards[-1]
     training = None
-    inside = base is not None and all(
-        region.name.startswith(f"{_name_of(model, base)}.") for region in decisions.regions
-    )
-    if base is not None and inside and "forward" not in vars(model) and not keep_logits:
-        base.forward = OpaqueForward(base, base.forward)
+    stems = find_stems(model, decisions.regions)
+    if stems and "forward" not in vars(model) and not keep_logits:
+        for stem in stems:
+            stem.forward = OpaqueForward(stem, stem.forward)
         training = dispatch_compiler(
             own_code_object(type(model).forward), compile_head, recompile_limit=_RECOMPILE_LIMIT, whole=False
         )
     model.forward = TrainingForward(model, model.forward, training)
     model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
-    return compiler
+    return compiler, forwards

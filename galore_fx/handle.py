@@ -7,6 +7,7 @@ from galore_fx.errors import UsageError
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
+from galore_fx.runtime.dispatch import CompiledForward
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 
 COPY_MESSAGE = (
@@ -24,12 +25,18 @@ class Compiled:
     """
 
     def __init__(
-        self, optimizer: SubspaceOptimizer, plan: Plan, regions: RegionCompiler, updates: UpdateCompiler
+        self,
+        optimizer: SubspaceOptimizer,
+        plan: Plan,
+        regions: RegionCompiler,
+        updates: UpdateCompiler,
+        forwards: list[CompiledForward],
     ) -> None:
         self.optimizer = optimizer
         self.plan = plan
         self._regions = regions
         self._updates = updates
+        self._forwards = forwards
 
     def stats(self) -> dict[str, Any]:
         """Counts and figures of the run so far.
@@ -38,7 +45,8 @@ class Compiled:
             ``projected``: names of the projected parameters; ``rank``: their ranks in force; ``num_updates``,
             ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``; ``refresh_time_s``: seconds
             spent on new bases; ``grad_norm``: 2-norm of all gradients of the last deferred step, before clipping,
-            None before it; ``num_region_graphs``, ``num_region_variants``, ``num_update_graphs``: what was compiled.
+            None before it; ``uncompiled``: names of the blocks that could not be captured, with the reason;
+            ``num_region_graphs``, ``num_region_variants``, ``num_update_graphs``: what was compiled.
         """
         optimizer = self.optimizer
         return {
@@ -47,6 +55,9 @@ class Compiled:
             **vars(optimizer.counters),
             "refresh_time_s": optimizer.refresh_time_s,
             "grad_norm": optimizer.grad_norm,
+            "uncompiled": {
+                forward.name: forward.function.failure for forward in self._forwards if forward.function.failure
+            },
             "num_region_graphs": self._regions.num_graphs,
             "num_region_variants": self._regions.num_variants,
             "num_update_graphs": self._updates.num_graphs,

@@ -4,16 +4,19 @@ Everything else in the package uses public names only.
 """
 
 import contextlib
+import logging
 import math
 import os
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._dynamo import compiled_autograd as _compiled_autograd
 from torch._dynamo.exc import TorchDynamoException as DynamoError
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx as _compile_fx
@@ -24,6 +27,8 @@ from torch.profiler import profile
 from torch.utils._pytree import tree_map
 from torch.utils._sympy.printers import PythonPrinter
 
+from galore_fx.errors import SettingError
+
 F_LINEAR = torch._C._nn.linear
 
 __all__ = [
@@ -33,6 +38,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",
+    "attention_with_linear",
     "compile_graph",
     "condition_of",
     "current_tracing_context",
@@ -40,6 +46,7 @@ __all__ = [
     "memory_events",
     "optimizer_internals",
     "quiet_profiler",
+    "refuse_unsupported_modes",
     "tracing",
     "tree_map",
 ]
@@ -60,25 +67,55 @@ def current_tracing_context() -> TracingContext:
 def dispatch_compiler(
     function: Callable[..., Any], backend: Callable[..., Any], *, recompile_limit: int, whole: bool = True
 ) -> Callable[..., Any]:
-    """``torch.compile`` of one function with its own limit of recompilations; ``whole``: as one graph or not at all."""
+    """``torch.compile`` of one function with its own limit of recompilations; ``whole``: as one graph or not at all.
+
+    A message that the model logs once, like transformers' about a default loss, does not break the graph: it is left
+    out.
+    """
     compiled = torch.compile(function, backend=backend, fullgraph=whole)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _recompile_limit(recompile_limit):
+        with _dynamo_settings(recompile_limit=recompile_limit, ignore_logging_functions=_logged_once()):
             return compiled(*args, **kwargs)
 
     return call
 
 
+def _logged_once() -> set[Callable[..., Any]]:
+    names = ("warning_once", "info_once")
+    return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+
+
 @contextlib.contextmanager
-def _recompile_limit(limit: int) -> Iterator[None]:
+def _dynamo_settings(**settings: Any) -> Iterator[None]:
     config = torch._dynamo.config
-    before = config.recompile_limit
-    config.recompile_limit = limit
+    before = {name: getattr(config, name) for name in settings}
+    for name, value in settings.items():
+        setattr(config, name, value)
     try:
         yield
     finally:
-        config.recompile_limit = before
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def refuse_unsupported_modes() -> None:
+    """Raises where the process runs torch in a mode under which a compiled block would be wrong.
+
+    Raises:
+        SettingError: compiled autograd, or Inductor's CUDA graphs; names it.
+    """
+    autograd = torch._dynamo.config.compiled_autograd or _compiled_autograd.compiled_autograd_enabled
+    if autograd:
+        raise SettingError(
+            "compiled autograd is on (torch._dynamo.config.compiled_autograd or torch._dynamo.compiled_autograd), which"
+            " galore_fx does not support: it would trace the hooks that hand over projected gradients. Switch it off"
+        )
+    if torch._inductor.config.triton.cudagraphs:
+        raise SettingError(
+            "CUDA graphs are on (torch._inductor.config.triton.cudagraphs), which galore_fx does not support: "
+            "gradients and bases would have to stay at fixed addresses. Switch them off"
+        )
 
 
 def optimizer_internals(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -107,6 +144,17 @@ def quiet_profiler() -> Iterator[None]:
             for line in caught.read().decode(errors="replace").splitlines(keepends=True):
                 if not any(text in line for text in _PROFILER_CHATTER):
                     sys.stderr.write(line)
+
+
+def attention_with_linear(linear: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A copy of torch's multi-head attention that multiplies by its weights with ``linear``, and torch's own linear."""
+    functional = torch.nn.functional
+    # Not to be taken for an operation as a whole: what ``linear`` gets need not be a tensor.
+    names: dict[str, Any] = {**vars(functional), "linear": linear, "has_torch_function": lambda _: False}
+    for name in ("_in_projection", "_in_projection_packed", "multi_head_attention_forward"):
+        original = getattr(functional, name)
+        names[name] = types.FunctionType(original.__code__, names, name, original.__defaults__, original.__closure__)
+    return names["multi_head_attention_forward"], functional.linear
 
 
 def memory_events(profiler: profile) -> list[tuple[int, int]]:

@@ -1,7 +1,8 @@
 """Who runs when a region of the model is called: its compiled form, or the forward it came with.
 
-    training, grad enabled, compiled model live   ->  compiled region (one per forward function, shared by its layers)
-    eval, no_grad, inference_mode, generate()     ->  the original forward
+    training, grad enabled                  ->  compiled region (one per forward function, shared by its layers)
+    that cannot be captured; eval with grad  ->  the eager form: the original forward with projected linears
+    no_grad, inference_mode, generate()     ->  the original forward
 
 Each model has its own code objects, since Dynamo keeps its variants per code object and would otherwise run out of
 them when several models share the class of a layer.
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 
 from galore_fx.errors import CaptureError
-from galore_fx.runtime.compatibility import DynamoError
+from galore_fx.runtime.compatibility import DynamoError, refuse_unsupported_modes
+from galore_fx.runtime.eager_form import run_eager
 
 _NUMBERS = itertools.count()
 
@@ -60,24 +62,80 @@ def plain_method(module: nn.Module, name: str) -> Callable[..., Any]:
     return types.MethodType(getattr(type(module), name), module)
 
 
+class RegionFunction:
+    """The compiled form of one forward function, for all blocks that use it.
+
+    Attributes:
+        failure: why it is not used any more, None while it is.
+
+    Args:
+        compiled: takes the block and the arguments of its forward.
+        strict: raise where the block cannot be captured, and do not fall back.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], strict: bool) -> None:
+        self.failure: str | None = None
+        self._compiled = compiled
+        self._strict = strict
+
+    def __call__(self, name: str, module: nn.Module, eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs one block compiled; in the eager form from the first time on that it cannot be captured.
+
+        Raises:
+            CaptureError: it cannot be captured, with ``strict``.
+        """
+        if self.failure is None:
+            refuse_unsupported_modes()
+            try:
+                return self._compiled(module, *args, **kwargs)
+            except (DynamoError, CaptureError) as error:
+                where = f"block {name}" if name else "the model"
+                message = f"{where} ({type(module).__name__}) could not be captured as one graph: {_reason(error)}"
+                if self._strict:
+                    raise CaptureError(message) from error
+                # The block's own error, if it has one, is raised here and says more than Dynamo's.
+                result = eager(module, *args, **kwargs)
+                self.failure = message
+                warnings.warn(
+                    f"{message}. It trains uncompiled from now on, as do the blocks that share its forward: the same "
+                    "gradients, slower, and with more activations kept. strict=True makes this an error",
+                    stacklevel=2,
+                )
+                return result
+        return eager(module, *args, **kwargs)
+
+
+def _reason(error: Exception) -> str:
+    """The telling lines of an error of Dynamo's or of a pass's."""
+    inner: BaseException = error
+    while isinstance(inner, DynamoError) and (inner.__cause__ or getattr(inner, "inner_exception", None)):
+        inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    told = lines[:1] + [line for line in lines if line.startswith(("Explanation:", "CaptureError:"))][:1]
+    return " ".join(told) or type(inner).__name__
+
+
 class CompiledForward(_StandIn):
-    """A region's forward: the compiled form in training with grad enabled, the original otherwise."""
+    """A region's forward: which form of it runs now."""
 
-    def __init__(self, module: nn.Module, original: Callable[..., Any], compiled: Callable[..., Any]) -> None:
+    def __init__(self, name: str, module: nn.Module, original: Callable[..., Any], function: RegionFunction) -> None:
         super().__init__(module)
+        self.name = name
         self.original = original
-        self.compiled = compiled
+        self.function = function
 
+    # Opaque to an outer torch.compile, which would otherwise look into it and lose the projected gradients.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Dispatches one call."""
-        if not (self.module.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
-        try:
-            return self.compiled(self.module, *args, **kwargs)
-        except DynamoError as error:
-            raise CaptureError(
-                f"a {type(self.module).__name__} could not be captured as one graph and compiled: {error}"
-            ) from error
+        if not self.module.training:
+            return run_eager(self.module, self.original, *args, **kwargs)
+        return self.function(self.name, self.module, self._eager, *args, **kwargs)
+
+    def _eager(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return run_eager(module, self.original, *args, **kwargs)
 
 
 class TrainingForward(_StandIn):
@@ -103,17 +161,26 @@ class TrainingForward(_StandIn):
         """Dispatches one call."""
         if not (self.module.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
+        refuse_unsupported_modes()
         if kwargs.get("use_cache"):
             warnings.warn("use_cache=True is ignored in training: no key-value cache is kept", stacklevel=2)
             kwargs = {**kwargs, "use_cache": False}
         with _without_cache(self.module):
-            if self.training is None:
-                return self.original(*args, **kwargs)
-            return self.training(self.module, *args, **kwargs)
+            if self.training is not None:
+                try:
+                    return self.training(self.module, *args, **kwargs)
+                except DynamoError as error:
+                    self.training = None
+                    warnings.warn(
+                        f"head and loss of the {type(self.module).__name__} could not be captured: {_reason(error)}. "
+                        "They run as they are; logits are formed as a whole",
+                        stacklevel=2,
+                    )
+            return self.original(*args, **kwargs)
 
 
 class OpaqueForward(_StandIn):
-    """The base model's forward, into which Dynamo does not look when it captures the head; its blocks are compiled."""
+    """The forward of a part that holds blocks, into which Dynamo does not look when it captures head and loss."""
 
     def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
         super().__init__(module)

@@ -25,7 +25,7 @@ from galore_fx.errors import UsageError
 from galore_fx.runtime.optimizer_state import STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.refresh_schedule import FixedSchedule
-from galore_fx.runtime.subspace import exact_basis, orthonormalize, project
+from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
 from galore_fx.runtime.update_protocol import Updates
 
 
@@ -82,6 +82,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
+        for record in records:
+            record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
         self._open_window()
         self._install_hooks()
 
@@ -194,9 +196,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _set_forms(self) -> None:
         """Fixed for the window, so that a recomputed forward is the same as the first."""
-        wanted = GradientForm.FULL if self._exact else GradientForm.SKETCHED
         for key, record in self._records.items():
-            record.form = wanted if key in self._due else GradientForm.PROJECTED
+            record.form = record.refresh_form if key in self._due else GradientForm.PROJECTED
 
     def _close_window(self, updated: bool) -> None:
         self.zero_grad()
@@ -251,7 +252,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
         if self._exact and id(record.weight) in self._due:
             self._renew(record, lambda: exact_basis(grad, record.rank, record.dim))
-        elif record.form is not GradientForm.FULL and record.name not in self._named:
+        if record.form is GradientForm.SKETCHED:
+            self._sketches.setdefault(id(record.weight), sketch_of(grad, record.basis, record.dim))
+        if record.form is not GradientForm.FULL and record.name not in self._named:
             self._named.add(record.name)
             warnings.warn(
                 f"the full gradient of {record.name} was formed, and then projected: its block ran uncompiled "

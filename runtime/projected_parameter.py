@@ -46,6 +46,7 @@ class ProjectedParameter:
         leaf: Z, (r, n) for ROWS, (m, r) for COLS; its ``.grad`` is R.
         sketch_leaf: shape of the basis; its ``.grad`` is the sketch of the next basis.
         form: what the next forward prepares the backward to deliver.
+        refresh_form: what it is when the basis is due.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ProjectedParameter:
     leaf: Tensor
     sketch_leaf: Tensor
     form: GradientForm = GradientForm.PROJECTED
+    refresh_form: GradientForm = GradientForm.SKETCHED
 
     @classmethod
     def create(
@@ -66,21 +68,17 @@ class ProjectedParameter:
         leaf = storage_free_leaf(dim.projected_shape(shape, rank), weight)
         return cls(name, weight, dim, rank, basis, leaf, storage_free_leaf(dim.basis_shape(shape, rank), weight))
 
-    def graph_key(self) -> tuple[object, ...]:
-        """What a compiled graph depends on, besides the weight itself."""
-        return (self.dim, self.rank, self.form, self.basis.dtype)
+    def graph_key(self, form: GradientForm) -> tuple[object, ...]:
+        """What a graph compiled for this form depends on, besides the weight itself."""
+        return (self.dim, self.rank, form, self.basis.dtype)
 
-    def graph_inputs(self) -> tuple[Tensor, ...]:
-        """The tensors that the region's graph takes for this weight, in the order of its extra placeholders."""
-        if self.form is GradientForm.FULL:
+    def graph_inputs(self, form: GradientForm) -> tuple[Tensor, ...]:
+        """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
+        if form is GradientForm.FULL:
             return ()
-        if self.form is GradientForm.SKETCHED:
+        if form is GradientForm.SKETCHED:
             return (self.basis, self.leaf, self.sketch_leaf)
         return (self.basis, self.leaf)
-
-    def gradients(self) -> list[Tensor]:
-        """Whatever the backward has delivered and no step has consumed."""
-        return [t.grad for t in (self.leaf, self.sketch_leaf, self.weight) if t.grad is not None]
 
     def clear(self) -> None:
         """Forget the gradients in all their forms."""

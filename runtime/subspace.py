@@ -38,6 +38,14 @@ def project(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
     return basis.T @ grad if dim is ProjectedDim.ROWS else grad @ basis
 
 
+def sketch_of(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
+    """One step of subspace iteration from a full gradient: ``G G^T P`` (m, r) for ROWS, ``G^T G P`` (n, r) for COLS.
+
+    Source: Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4, started from the previous basis.
+    """
+    return grad @ (grad.T @ basis) if dim is ProjectedDim.ROWS else grad.T @ (grad @ basis)
+
+
 def add_back_projection_(weight: Tensor, update: Tensor, basis: Tensor, dim: ProjectedDim, decay: float) -> None:
     """``W <- decay * W + back_project(update)`` in place, in one matrix product and without an (m, n) temporary.
 

@@ -75,3 +75,28 @@ def relative_errors(model: nn.Module, reference: nn.Module) -> dict[str, float]:
 def largest_error(model: nn.Module, reference: nn.Module) -> float:
     """The worst of ``relative_errors``."""
     return max(relative_errors(model, reference).values())
+
+
+def assert_gradients_equal(model: nn.Module, reference: nn.Module, tolerance: float = 1e-4) -> None:
+    """Every gradient of a compiled model is that of the plain one: projected where it is projected, full elsewhere.
+
+    A projected weight must have no full gradient.
+    """
+    records = {record.name: record for record in model.galore_fx.optimizer.records}
+    assert records
+    plain = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        record, expected = records.get(name), plain[name].grad
+        given = parameter.grad
+        if record is not None:
+            assert given is None, f"{name} has a full gradient"
+            given = record.leaf.grad
+            if expected is not None:
+                basis = record.basis
+                expected = expected @ basis if record.dim.value == "cols" else basis.T @ expected
+        assert (given is None) == (expected is None), name
+        if given is not None:
+            assert given.shape == expected.shape and given.dtype == expected.dtype
+            # A gradient that is zero but for rounding (a key's bias under softmax) is compared with the largest.
+            error, size = float((given - expected).norm()), float(expected.norm())
+            assert error <= tolerance * max(size, 1e-3), f"{name}: {error:.1e} of {size:.1e}"

@@ -8,8 +8,8 @@ from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.find_linears import WeightLayout, find_linears
 from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
-from galore_fx.passes.model_graph.projected_linear import ProjectedLinear, projected_gradient, sketch
 from galore_fx.passes.pass_runner import run_passes
+from galore_fx.runtime.projected_linear import ProjectedLinear, projected_gradient, sketch
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.subspace import ProjectedDim, project, random_basis
 from tests.models import gpt2, llama
@@ -41,8 +41,7 @@ def test_linears_are_found_in_both_layouts():
         ("w", WeightLayout.OUT_IN),
         ("v", WeightLayout.IN_OUT),
     ]
-    x, w, b = sites[0].operands()
-    assert (x.name, w.name, b.name) == ("x", "w", "b")
+    assert (sites[0].input.name, sites[0].weight.name, sites[0].bias.name) == ("x", "w", "b")
 
 
 def test_what_is_not_a_linear_of_an_input_is_not_found():
@@ -71,7 +70,7 @@ def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias
         extra.append(record)
     gm = project_gradients(gm, (), targets=targets)
     again = values()
-    inputs = [value for record in extra for value in record.graph_inputs()]
+    inputs = [value for record in extra for value in record.graph_inputs(form)]
     out = gm(*again.values(), *inputs)[0]
     torch.testing.assert_close(out, plain(*given.values())[0])
     out.square().sum().backward()

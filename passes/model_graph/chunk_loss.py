@@ -8,16 +8,19 @@ ensures   unchanged where something other than the loss reads the logits, or whe
           weights, label smoothing, soft-capped logits, ...); the logits are then formed as the model says.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from galore_fx.passes.model_graph.find_linears import WeightLayout, find_linears
+from galore_fx.passes.model_graph.find_linears import find_linears
 from galore_fx.passes.model_graph.linear_cross_entropy import linear_cross_entropy
+from galore_fx.runtime.projected_linear import WeightLayout
 
-_SETTINGS = {"ignore_index", "reduction"}
+_SIGNATURE = inspect.signature(torch.nn.functional.cross_entropy)
+_PLAIN_SETTINGS = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}
 
 
 def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
@@ -27,8 +30,8 @@ def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.Graph
         loss = _loss_of(site.node, output)
         if loss is None or site.layout is not WeightLayout.OUT_IN:
             continue
-        settings: dict[str, Any] = {"ignore_index": -100, "reduction": "mean", **loss.kwargs}
-        arguments = (*site.operands(), loss.args[1], settings["ignore_index"], settings["reduction"])
+        given = _loss_arguments(loss)
+        arguments = (site.input, site.weight, site.bias, given["target"], given["ignore_index"], given["reduction"])
         with gm.graph.inserting_before(loss):
             fused = gm.graph.call_function(linear_cross_entropy, arguments)
         fused.meta["galore_fx"] = {"pass": "chunk_loss"}
@@ -47,14 +50,24 @@ def _loss_of(logits: fx.Node, output: fx.Node) -> fx.Node | None:
     if len(readers) != 1:
         return None
     loss = readers.pop()
-    known = loss.target is torch.nn.functional.cross_entropy and loss.args and loss.args[0] in forms
-    plain = known and len(loss.args) == 2 and set(loss.kwargs) <= _SETTINGS and _one_row_per_target(logits, loss)
-    return loss if plain and loss.kwargs.get("reduction", "mean") in ("mean", "sum") else None
+    if loss.op != "call_function" or loss.target is not torch.nn.functional.cross_entropy:
+        return None
+    given = _loss_arguments(loss)
+    settings = {name: value for name, value in given.items() if name not in ("input", "target", "ignore_index")}
+    plain = settings.pop("reduction") in ("mean", "sum") and settings == _PLAIN_SETTINGS
+    return loss if plain and given["input"] in forms and _one_row_per_target(logits, given) else None
 
 
-def _one_row_per_target(logits: fx.Node, loss: fx.Node) -> bool:
+def _loss_arguments(loss: fx.Node) -> dict[str, Any]:
+    """All arguments of a call of ``F.cross_entropy`` by name."""
+    bound = _SIGNATURE.bind(*loss.args, **loss.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _one_row_per_target(logits: fx.Node, given: Mapping[str, Any]) -> bool:
     """Whether the loss reads rows of whole logits against class indices, and not another view of them."""
-    rows, target, whole = (_example(n) for n in (loss.args[0], loss.args[1], logits))
+    rows, target, whole = (_example(n) for n in (given["input"], given["target"], logits))
     if rows is None or target is None or whole is None:
         return False
     whole_rows = rows.ndim == 2 and rows.shape[-1] == whole.shape[-1]

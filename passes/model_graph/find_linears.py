@@ -1,75 +1,129 @@
 """Analysis: which nodes of a region's graph multiply an activation by a weight.
 
-F.linear(x, W, b)       Y = X W^T + b    W (out, in)     layout OUT_IN
-torch.addmm(b, x, W)    Y = X W + b      W (in, out)     layout IN_OUT   (transformers' Conv1D)
+F.linear(x, W, b)           Y = X W^T + b    W (out, in)     layout OUT_IN
+torch.addmm(b, x, W)        Y = X W + b      W (in, out)     layout IN_OUT   (transformers' Conv1D)
+x @ W, x @ W.T              Y = X W, X W^T                   (Falcon)
+F.multi_head_attention_forward(..., W_in, ..., W_out, ...)   its own linears, inside one node (nn.MultiheadAttention)
+
+Each also with a transposed weight, ``W.T`` or ``W.t()``, which changes the layout.
 """
 
 import dataclasses
-import enum
-from collections.abc import Callable
+import inspect
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from galore_fx.runtime.compatibility import F_LINEAR
+from galore_fx.runtime.projected_linear import WeightLayout
 
-
-class WeightLayout(enum.Enum):
-    """How a weight stores its two dimensions."""
-
-    OUT_IN = "out_in"
-    IN_OUT = "in_out"
+_ATTENTION = torch.nn.functional.multi_head_attention_forward
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj_weight")
+# Where input, weight and bias stand among a call's arguments, and their names.
+_INPUT_FIRST = ((0, "input"), (1, "weight"), (2, "bias"))
+_BIAS_FIRST = ((1, "mat1"), (2, "mat2"), (0, "input"))
+_NO_BIAS = ((0, "input"), (1, "other"), None)
+_PRODUCTS: dict[object, tuple[WeightLayout, tuple[tuple[int, str] | None, ...]]] = {
+    F_LINEAR: (WeightLayout.OUT_IN, _INPUT_FIRST),
+    torch.nn.functional.linear: (WeightLayout.OUT_IN, _INPUT_FIRST),
+    torch.addmm: (WeightLayout.IN_OUT, _BIAS_FIRST),
+    operator.matmul: (WeightLayout.IN_OUT, _NO_BIAS),
+    torch.matmul: (WeightLayout.IN_OUT, _NO_BIAS),
+    torch.mm: (WeightLayout.IN_OUT, _NO_BIAS),
+    "matmul": (WeightLayout.IN_OUT, _NO_BIAS),
+    "mm": (WeightLayout.IN_OUT, _NO_BIAS),
+}
+_OTHER_LAYOUT = {WeightLayout.OUT_IN: WeightLayout.IN_OUT, WeightLayout.IN_OUT: WeightLayout.OUT_IN}
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearSite:
-    """One use of a weight.
+    """One use of a weight in a product.
 
     Attributes:
-        node: the linear's node.
+        node: the product's node.
         weight: the placeholder of the weight.
         layout: how the weight is stored.
+        reader: the user of the weight on the way to the product: the product itself, or a transposition.
+        input: X.
+        bias: what is added, None for nothing.
     """
 
     node: fx.Node
     weight: fx.Node
     layout: WeightLayout
+    reader: fx.Node
+    input: fx.Node
+    bias: fx.Node | None
 
-    def operands(self) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        """Input, weight and bias of the linear."""
-        if self.layout is WeightLayout.OUT_IN:
-            names: tuple[str, ...] = ("input", "weight", "bias")
-            order = (0, 1, 2)
-        else:
-            names, order = ("input", "mat1", "mat2"), (1, 2, 0)
-        values = [_argument(self.node, position, names[position]) for position in order]
-        return values[0], values[1], values[2]
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One use of a weight inside a node of torch's multi-head attention.
+
+    Attributes:
+        node: the attention's node.
+        weight: the placeholder of the weight.
+        name: the parameter of the function that takes it.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    name: str
+
+    @property
+    def reader(self) -> fx.Node:
+        """The user of the weight: the attention."""
+        return self.node
 
 
 def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
-    """Every linear whose weight is an input of the graph, in the order of the graph."""
+    """Every product of an activation and a weight that is an input of the graph, in the order of the graph."""
+    return [site for node in gm.graph.nodes for site in _product(node)]
+
+
+def find_attention_weights(gm: fx.GraphModule) -> list[AttentionSite]:
+    """Every weight, an input of the graph, that torch's multi-head attention multiplies by."""
     sites = []
     for node in gm.graph.nodes:
-        layout = _LAYOUTS.get(node.target) if node.op == "call_function" else None
-        if layout is None:
+        if node.op != "call_function" or node.target is not _ATTENTION:
             continue
-        weight = _argument(node, 1, "weight") if layout is WeightLayout.OUT_IN else _argument(node, 2, "mat2")
-        if isinstance(weight, fx.Node) and weight.op == "placeholder" and _is_plain(node, layout):
-            sites.append(LinearSite(node, weight, layout))
+        given = attention_arguments(node)
+        sites += [AttentionSite(node, given[name], name) for name in _ATTENTION_WEIGHTS if _is_input(given.get(name))]
     return sites
 
 
-_LAYOUTS: dict[Callable[..., Any], WeightLayout] = {
-    F_LINEAR: WeightLayout.OUT_IN,
-    torch.nn.functional.linear: WeightLayout.OUT_IN,
-    torch.addmm: WeightLayout.IN_OUT,
-}
+def attention_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call of torch's multi-head attention by name."""
+    return dict(inspect.signature(_ATTENTION).bind(*node.args, **node.kwargs).arguments)
 
 
-def _is_plain(node: fx.Node, layout: WeightLayout) -> bool:
-    """addmm with beta or alpha is not a linear layer."""
-    return layout is WeightLayout.OUT_IN or not ({"beta", "alpha", "out"} & node.kwargs.keys())
+def _product(node: fx.Node) -> list[LinearSite]:
+    found = _PRODUCTS.get(node.target) if node.op in ("call_function", "call_method") else None
+    # addmm with beta or alpha is not a linear layer.
+    if found is None or {"beta", "alpha", "out"} & node.kwargs.keys():
+        return []
+    layout, places = found
+    x, factor, bias = (None if place is None else _argument(node, *place) for place in places)
+    if not (isinstance(x, fx.Node) and isinstance(factor, fx.Node)):
+        return []
+    weight, reader = factor, node
+    if _is_transposition(factor):
+        weight, reader, layout = factor.args[0], factor, _OTHER_LAYOUT[layout]  # type: ignore[assignment]
+    if not _is_input(weight):
+        return []
+    return [LinearSite(node, weight, layout, reader, x, bias)]
+
+
+def _is_transposition(node: fx.Node) -> bool:
+    attribute = node.op == "call_function" and node.target is getattr and node.args[1:] == ("T",)
+    return attribute or (node.op == "call_method" and node.target == "t")
+
+
+def _is_input(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.op == "placeholder"
 
 
 def _argument(node: fx.Node, position: int, name: str) -> Any:

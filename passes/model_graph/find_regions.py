@@ -8,9 +8,10 @@ in GaLore's released training script (methods: every linear of attention and MLP
 import dataclasses
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from galore_fx.errors import ModelError
+
+_ATTENTION_KEYS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,30 @@ def find_regions(model: nn.Module) -> list[Region]:
     return regions
 
 
+def find_stems(model: nn.Module, regions: list[Region]) -> list[nn.Module]:
+    """The modules that call the blocks: the owners of their lists, and a transformers model's base model.
+
+    What is left of the model's forward around them is head and loss. Empty where the model itself calls its blocks.
+    """
+    modules = dict(model.named_modules())
+    names = {_owner(region.name, modules) for region in regions}
+    base = getattr(model, "base_model", None)
+    if "" in names:
+        return []
+    whole = [name for name, module in modules.items() if name and module is base]
+    names |= {name for name in whole if all(region.name.startswith(f"{name}.") for region in regions)}
+    return [modules[name] for name in sorted(names)]
+
+
+def _owner(name: str, modules: dict[str, nn.Module]) -> str:
+    """The nearest module above a block that is no list."""
+    while name:
+        name = name.rpartition(".")[0]
+        if not isinstance(modules[name], nn.ModuleList):
+            break
+    return name
+
+
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     blocks: list[tuple[str, nn.Module]] = []
     inside: list[str] = []
@@ -93,12 +118,15 @@ def _linear_weights(prefix: str, module: nn.Module, claimed: set[int]) -> tuple[
     found = []
     for name, child in module.named_modules(prefix=prefix):
         in_first = type(child).__name__ == "Conv1D" and hasattr(child, "nf")
-        # nn.MultiheadAttention hands its output layer's weight to a function of its own and never calls the layer.
-        if not (isinstance(child, nn.Linear) or in_first) or isinstance(child, NonDynamicallyQuantizableLinear):
-            continue
-        weight = child.weight
-        usable = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
-        if usable and weight.requires_grad and id(weight) not in claimed:
-            claimed.add(id(weight))
-            found.append(LinearWeight(f"{name}.weight" if name else "weight", weight, in_first))
+        if isinstance(child, nn.Linear) or in_first:
+            keys: tuple[str, ...] = ("weight",)
+        else:
+            # nn.MultiheadAttention's output layer is an nn.Linear; these are the weights of its input layers.
+            keys = _ATTENTION_KEYS if isinstance(child, nn.MultiheadAttention) else ()
+        for key in keys:
+            weight = getattr(child, key)
+            usable = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
+            if usable and weight.requires_grad and id(weight) not in claimed:
+                claimed.add(id(weight))
+                found.append(LinearWeight(f"{name}.{key}" if name else key, weight, in_first))
     return tuple(found)

@@ -3,6 +3,8 @@
     before   W, x          linear(x, W, b)
     after    W, x, P, Z    projected_linear(x, W, b, P, Z, ...)      P, Z: new placeholders, after all others
 
+and the same inside torch's multi-head attention, which becomes ``projected_attention``.
+
 requires  weights are placeholders of the graph; nothing but linears reads a weight that is projected.
 ensures   the gradient of W is None; the gradient of Z is R; the new placeholders stand in the order of ``targets``.
 """
@@ -14,10 +16,19 @@ from typing import Any
 from torch import fx
 
 from galore_fx.errors import CaptureError
-from galore_fx.passes.model_graph.find_linears import LinearSite, find_linears
-from galore_fx.passes.model_graph.projected_linear import projected_linear
+from galore_fx.passes.model_graph.find_linears import (
+    AttentionSite,
+    LinearSite,
+    attention_arguments,
+    find_attention_weights,
+    find_linears,
+)
+from galore_fx.runtime.projected_attention import projected_attention
+from galore_fx.runtime.projected_linear import projected_linear
 from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.runtime.subspace import ProjectedDim
+
+_KEPT_META = ("example_value", "nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +58,13 @@ def project_gradients(
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     last = placeholders[-1]
-    sites = find_linears(gm)
+    sites: list[LinearSite | AttentionSite] = [*find_linears(gm), *find_attention_weights(gm)]
     for target in targets:
         weight = placeholders[target.placeholder]
         uses = [site for site in sites if site.weight is weight]
-        others = set(weight.users) - {site.node for site in uses}
+        others = _other_readers(weight, uses)
         if others:
-            reader = next(iter(others))
+            reader = others[0]
             raise CaptureError(
                 f"{target.name} is read by {reader.format_node()}, which is not a linear layer; "
                 "its projected gradient would miss that use"
@@ -63,21 +74,41 @@ def project_gradients(
             with gm.graph.inserting_after(last):
                 last = gm.graph.placeholder(f"{name}_{target.placeholder}")
             new.append(last)
+        basis, leaf, sketch_leaf = (*new, None)[:3]
         for site in uses:
-            _replace(gm.graph, site, new, target.dim)
+            if isinstance(site, AttentionSite):
+                _replace_in_attention(site, (basis, leaf, sketch_leaf, target.dim.value))
+            else:
+                _replace_linear(gm.graph, site, (basis, leaf, sketch_leaf), target.dim)
+    gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
     return gm
 
 
-def _replace(graph: fx.Graph, site: LinearSite, extra: list[fx.Node], dim: ProjectedDim) -> None:
-    basis, leaf, sketch_leaf = (*extra, None)[:3]
-    arguments: tuple[Any, ...] = (*site.operands(), basis, leaf, sketch_leaf, site.layout.value, dim.value)
+def _other_readers(weight: fx.Node, uses: list[LinearSite | AttentionSite]) -> list[fx.Node]:
+    """Who reads the weight, or a transposition of it, and is none of the products."""
+    products = {site.node for site in uses}
+    transposed = {site.reader for site in uses} - products
+    readers = [*weight.users, *(user for node in transposed for user in node.users)]
+    return [reader for reader in readers if reader not in products | transposed]
+
+
+def _replace_linear(graph: fx.Graph, site: LinearSite, extra: tuple[Any, ...], dim: ProjectedDim) -> None:
+    arguments: tuple[Any, ...] = (site.input, site.weight, site.bias, *extra, site.layout.value, dim.value)
     with graph.inserting_before(site.node):
         node = graph.call_function(projected_linear, arguments)
-    node.meta = {
-        key: site.node.meta[key] for key in ("example_value", "nn_module_stack", "stack_trace") if key in site.node.meta
-    }
+    node.meta = {key: site.node.meta[key] for key in _KEPT_META if key in site.node.meta}
     node.meta["galore_fx"] = {"pass": "project_gradients"}
     site.node.replace_all_uses_with(node)
     graph.erase_node(site.node)
+
+
+def _replace_in_attention(site: AttentionSite, projection: tuple[Any, ...]) -> None:
+    """In place: an attention has several weights, and each becomes a target in its turn."""
+    if site.node.target is not projected_attention:
+        site.node.kwargs = attention_arguments(site.node)
+        site.node.args = ({},)
+        site.node.target = projected_attention
+        site.node.meta["galore_fx"] = {"pass": "project_gradients"}
+    site.node.args = ({**site.node.args[0], site.name: projection},)  # type: ignore[dict-item]

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
+from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
 from galore_fx.runtime.compatibility import compile_graph, current_tracing_context, tracing
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
@@ -48,6 +50,7 @@ class RegionCompiler:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         """Captures a graph and compiles the variant that this very call needs."""
+        gm, _ = run_passes(copy_graph(gm), example_inputs, [inline_checkpoints, slice_single_indices])
         key = _graph_identity(gm)
         region = _REGIONS.get(key) if key is not None else None
         if region is None:
@@ -55,12 +58,16 @@ class RegionCompiler:
             if key is not None:
                 _REGIONS[key] = region
         used = self._used.setdefault(region, set())
-        region.variant_for(region.records(example_inputs))
+        records = region.records(example_inputs)
+        if region.is_symbolic:
+            region.compile_forms(records)
+        region.variant_for(records)
+        region.finish_capture()
 
         def call(*inputs: object) -> Any:
             records = region.records(inputs)
             used.add(region.key(records))
-            extra = (value for record in records if record for value in record.graph_inputs())
+            extra = (value for record in records if record for value in record.graph_inputs(record.form))
             return region.variant_for(records)(*inputs, *extra)
 
         return call
@@ -75,12 +82,17 @@ class CapturedRegion:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.pass_records: list[list[PassRecord]] = []
-        self._gm = copy_graph(gm)
+        self._capturing = True
+        self._gm = gm
         self._context = current_tracing_context()
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._fakes = [node.meta["example_value"] for node in placeholders]
         self._parameters = [i for i, value in enumerate(self._fakes) if isinstance(value, torch.nn.Parameter)]
         self._variants: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    def finish_capture(self) -> None:
+        """Called when Dynamo goes on to make its guards."""
+        self._capturing = False
 
     def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
         """The record of each parameter among the inputs, None for one that is not projected."""
@@ -88,34 +100,62 @@ class CapturedRegion:
 
     def key(self, records: list[ProjectedParameter | None]) -> tuple[object, ...]:
         """What tells the variants apart."""
-        return tuple(record.graph_key() if record else None for record in records)
+        return self._key(records, [record.form if record else None for record in records])
+
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether sizes of the graph are symbols, which stand for every size that Dynamo's guards let through."""
+        sizes = (size for fake in self._fakes if isinstance(fake, torch.Tensor) for size in fake.shape)
+        return any(isinstance(value, torch.SymInt) for value in (*sizes, *self._fakes))
+
+    def compile_forms(self, records: list[ProjectedParameter | None]) -> None:
+        """Compiles the steady and the refreshing form now, while what they demand of the symbols becomes guards."""
+        for form in (GradientForm.PROJECTED, None):
+            forms = [(form or record.refresh_form) if record else None for record in records]
+            self._variants[self._key(records, forms)] = self._compile(records, forms)
 
     def variant_for(self, records: list[ProjectedParameter | None]) -> Callable[..., Any]:
         """The compiled form for these gradient forms, made now if it is the first time."""
-        key = self.key(records)
+        forms = [record.form if record else None for record in records]
+        key = self._key(records, forms)
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._variants[key] = self._compile(records)
+            variant = self._variants[key] = self._compile(records, forms)
         return variant
 
-    def _compile(self, records: list[ProjectedParameter | None]) -> Callable[..., Any]:
+    def _key(
+        self, records: list[ProjectedParameter | None], forms: Sequence[GradientForm | None]
+    ) -> tuple[object, ...]:
+        return tuple(
+            record.graph_key(form) if record and form else None for record, form in zip(records, forms, strict=True)
+        )
+
+    def _compile(
+        self, records: list[ProjectedParameter | None], forms: Sequence[GradientForm | None]
+    ) -> Callable[..., Any]:
         wanted = [
-            (index, record)
-            for index, record in zip(self._parameters, records, strict=True)
-            if record is not None and record.form is not GradientForm.FULL
+            (index, record, form)
+            for index, record, form in zip(self._parameters, records, forms, strict=True)
+            if record is not None and form is not None and form is not GradientForm.FULL
         ]
-        targets = [ProjectionTarget(index, record.name, record.dim, record.form) for index, record in wanted]
+        targets = [ProjectionTarget(index, record.name, record.dim, form) for index, record, form in wanted]
         fake_mode = self._context.fake_mode
-        assert fake_mode is not None
+        assert fake_mode is not None and fake_mode.shape_env is not None
         extra = [
-            fake_mode.from_tensor(value, static_shapes=True) for _, record in wanted for value in record.graph_inputs()
+            fake_mode.from_tensor(value, static_shapes=True)
+            for _, record, form in wanted
+            for value in record.graph_inputs(form)
         ]
         passes: list[GraphPass] = [functools.partial(project_gradients, targets=targets)] if targets else []
         inputs = [*self._fakes, *extra]
         with tracing(self._context):
             gm, pass_records = run_passes(copy_graph(self._gm), inputs, passes)
             self.pass_records.append(pass_records)
-            return compile_graph(gm, inputs)
+            num_guards = len(fake_mode.shape_env.guards)
+            compiled = compile_graph(gm, inputs)
+        # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
+        unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
+        return gm.forward if unchecked else compiled
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -133,8 +173,9 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _graph_identity(gm: fx.GraphModule) -> tuple[object, ...] | None:
     """What two captures must share to be one region; None where sizes are symbols, which belong to one capture."""
-    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
-    described: list[object] = [gm.code, *autocast]
+    autocast = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda")]
+    recomputed = tuple(node.name for node in gm.graph.nodes if "recompute" in node.meta)
+    described: list[object] = [gm.code, recomputed, *autocast]
     for node in gm.graph.nodes:
         if node.op == "get_attr":
             return None

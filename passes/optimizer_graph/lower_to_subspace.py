@@ -9,7 +9,7 @@ Each value of the traced graph gets one of three labels:
 and the graph is rebuilt as two:
 
     prologue   scalars -> the numbers the tensors need, on the host, in double precision
-    body       R, state, those numbers -> new state (in place) and the low-rank update L
+    body       R, state, those numbers -> the low-rank update L and the new state
 
 For AdamW, with ``c`` and ``L`` as below, what remains to be done to the weight is one matrix product:
 
@@ -44,17 +44,22 @@ class LoweredStep:
     Attributes:
         prologue: numbers -> (numbers of the body, ..., weight factor ``c``, new scalar states, ...).
         body: (weight if unprojected, grad, state tensors, ..., projected weight if ``needs_weight``, numbers as a
-            1-D tensor) -> L, or None if unprojected. Works on any shape; state and unprojected weight change in place.
+            1-D tensor) -> (L, or the new weight if unprojected, new state tensors, ...). Works on any shape.
+        inputs: names of the body's tensors before the numbers, in order.
         scalars: names of the prologue's inputs, in order.
         num_slots: length of the body's 1-D tensor.
-        needs_weight: whether the body takes the projected weight.
     """
 
     prologue: fx.GraphModule
     body: fx.GraphModule
+    inputs: tuple[str, ...]
     scalars: tuple[str, ...]
     num_slots: int
-    needs_weight: bool
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the body takes the projected weight."""
+        return "projected_weight" in self.inputs
 
 
 def lower_to_subspace(step: TracedStep, *, projected: bool) -> LoweredStep:
@@ -100,7 +105,7 @@ class _Lowering:
 
     def run(self) -> LoweredStep:
         nodes = list(self.step.gm.graph.nodes)
-        tensor_inputs = self._make_inputs(nodes)
+        inputs = self._make_inputs(nodes)
         outputs = list(nodes[-1].args[0])
         new_states = outputs[1 : 1 + len(self.step.new_tensors)]
         feeds_state = _ancestors(new_states)
@@ -108,32 +113,31 @@ class _Lowering:
             if node.op == "call_function":
                 self.values[node] = self._lower(node, node in feeds_state)
         new_weight = self._value(outputs[0])
-        factor, result = _Scalar(1.0), None
+        factor = _Scalar(1.0)
         if self.projected:
             assert isinstance(new_weight, _Full)
             factor = new_weight.factor
-            result = self._scaled(new_weight.update) if new_weight.update else None
-            if result is None:
+            if new_weight.update is None:
                 raise OptimizerError(f"the step does not depend on the gradient. {WHAT_CAN_BE_LOWERED}")
+            result = self._scaled(new_weight.update)
         else:
-            self._copy(tensor_inputs["weight"], self._low(new_weight, outputs[0]))
-        for name, node in zip(self.step.new_tensors, new_states, strict=True):
-            self._copy(tensor_inputs[name], self._low(self._value(node), node))
-        self.body.output(result.node if result else None)
-        self._remove_unused_weight()
+            result = self._low(new_weight, outputs[0])
+        self.body.output((result.node, *(self._low(self._value(node), node).node for node in new_states)))
+        if not self._remove_unused_weight() and self.projected:
+            inputs.append("projected_weight")
         slots = list(self.slots)
         new_scalars = [self._scalar(self._value(node)) for node in outputs[1 + len(self.step.new_tensors) :]]
         self.prologue.output((*slots, factor.value, *new_scalars))
         return LoweredStep(
             fx.GraphModule({}, self.prologue, "Prologue"),
             fx.GraphModule({}, self.body, "Body"),
+            tuple(inputs),
             (*self.step.scalars, SCALE),
             len(slots),
-            self.weight_placeholder is not None,
         )
 
-    def _make_inputs(self, nodes: Sequence[fx.Node]) -> dict[str, fx.Node]:
-        """Placeholders of both graphs; low precision is widened to that of the numbers, and narrowed in the copies."""
+    def _make_inputs(self, nodes: Sequence[fx.Node]) -> list[str]:
+        """Placeholders of both graphs; low precision is widened to that of the numbers. Names of the body's tensors."""
         named = {node.meta["galore_fx"]["input"]: node for node in nodes if node.op == "placeholder"}
         tensors = [] if self.projected else ["weight"]
         tensors += ["grad", *self.step.new_tensors]
@@ -149,7 +153,7 @@ class _Lowering:
         for name in self.step.scalars:
             self.values[named[name]] = _Scalar(self.prologue.placeholder(name.replace(".", "_")))
         self.scale = _Scalar(self.prologue.placeholder(SCALE))
-        return raw
+        return tensors
 
     def _lower(self, node: fx.Node, feeds_state: bool) -> _Value:
         arguments = [self._value(a) for a in node.args]
@@ -256,19 +260,17 @@ class _Lowering:
         assert isinstance(weight, _Low)
         return self._emit(torch.add, weight, self._scaled(value.update)) if value.update else weight
 
-    def _remove_unused_weight(self) -> None:
-        if self.weight_placeholder is not None and not self.weight_placeholder.users:
-            self.body.erase_node(self.weight_placeholder)
-            self.weight_placeholder = None
+    def _remove_unused_weight(self) -> bool:
+        unused = self.weight_placeholder is not None and not self.weight_placeholder.users
+        if unused:
+            self.body.erase_node(self.weight_placeholder)  # type: ignore[arg-type]
+        return unused
 
     def _scaled(self, update: _Low) -> _Low:
         return self._emit(torch.mul, update, self.scale)
 
     def _widen(self, node: fx.Node) -> fx.Node:
         return self.body.call_method("to", (node, self.numbers))
-
-    def _copy(self, destination: fx.Node, value: _Low) -> None:
-        self.body.call_method("copy_", (destination, value.node))
 
     def _value(self, argument: Any) -> _Value:
         return self.values[argument] if isinstance(argument, fx.Node) else _Scalar(argument)
@@ -307,6 +309,7 @@ _RULES: dict[str, _Rule] = {
     "aten.neg.default": lambda low, a: low.mul(a, _Scalar(-1.0)),
     "aten.clone.default": lambda low, a: a,
     "aten.detach.default": lambda low, a: a,
+    "aten.detach_copy.default": lambda low, a: a,
     "aten.alias.default": lambda low, a: a,
     # lerp's other branch (weight >= 0.5) is the same number, rounded otherwise.
     "aten.lerp.Scalar": lambda low, a, b, w: low.add(a, low.mul(low.add(b, low.mul(a, _Scalar(-1.0))), w)),

@@ -27,8 +27,8 @@ from galore_fx.runtime.compatibility import FakeTensorMode, ShapeEnv, condition_
 
 STATE_PREFIX = "state."
 WHAT_CAN_BE_LOWERED = (
-    "A torch.optim class can be lowered if it treats all elements of a parameter alike and adds its update to the "
-    "weight, as torch.optim.AdamW does"
+    "Of torch.optim, AdamW, Adam, SGD, RMSprop, NAdam, RAdam, Adagrad, Adamax, Adadelta can be lowered; a class of your "
+    "own can if it treats all elements of a parameter alike and adds its update to the weight, as they do"
 )
 _SWITCHES = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
 _SHAPE = (3, 2)
@@ -57,6 +57,7 @@ class TracedStep:
         new_tensors: names of the state tensors that come out, in the order of the outputs after the weight.
         scalars: names of the scalar inputs: ``lr``, ``betas.0``, ``state.step``, ...
         new_scalars: names of the scalar states that come out last, without prefix.
+        first: whether it is a parameter's first step, at which states are still absent that the step makes.
         guards: conditions on the scalars, as sympy, under which this graph is right.
         holds_for: whether all of them hold for the values of ``scalars``, given in order.
     """
@@ -66,6 +67,7 @@ class TracedStep:
     new_tensors: tuple[str, ...]
     scalars: tuple[str, ...]
     new_scalars: tuple[str, ...]
+    first: bool
     guards: tuple[sympy.Basic, ...]
     holds_for: Callable[[tuple[float, ...]], bool]
 
@@ -198,7 +200,7 @@ def trace_step(
     _name_placeholders(gm, ("weight", "grad", *tensors, *names))
     guards = tuple(guard.expr for guard in shape_env.guards)
     check = condition_of(guards, [symbols[name] for name in names])
-    return TracedStep(_drop_bookkeeping(gm), tensors, new_tensors, names, new_scalars, guards, check)
+    return TracedStep(_drop_bookkeeping(gm), tensors, new_tensors, names, new_scalars, first, guards, check)
 
 
 class _ScalarCell(torch.Tensor):
@@ -249,7 +251,9 @@ def _dummy(
     parameter = torch.nn.Parameter(torch.ones(_SHAPE))
     parameter.grad = torch.ones(_SHAPE)
     settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    optimizer = optimizer_class([parameter])  # type: ignore[call-arg]
+    # Some classes fill their state when they are made (Adagrad), so they are made with the group's settings.
+    accepted = inspect.signature(optimizer_class).parameters
+    optimizer = optimizer_class([parameter], **{k: v for k, v in settings.items() if k in accepted})  # type: ignore[call-arg]
     optimizer.param_groups[0].update({**settings, **{k: v for k, v in _SWITCHES.items() if k in settings}})
     return optimizer, parameter
 

@@ -1,19 +1,21 @@
-"""Compiled updates: trace -> lower -> Inductor, once per optimizer class and setting, shared by all parameters.
+"""Compiled updates: trace -> lower -> merge -> Inductor, once per optimizer class and setting, for all parameters.
 
     prologue (host numbers)  ->  body (one fused kernel, any shape)  ->  W <- c W + back_project(L)
 
 The body is elementwise, so parameters of every shape go through it flattened, and one kernel with a dynamic length
-serves all of them.
+serves all of them. Where the step branches on how many steps there were, all branches are in the one body.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, LoweredStep, lower_to_subspace
+from galore_fx.errors import OptimizerError
+from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, lower_to_subspace
+from galore_fx.passes.optimizer_graph.merge_branches import merge_branches, numbers_of
 from galore_fx.passes.optimizer_graph.trace_step import (
     STATE_PREFIX,
     GroupSettings,
@@ -29,9 +31,12 @@ from galore_fx.runtime.subspace import add_back_projection_, project
 _NUM_CACHED_STEPS = 8
 
 
-# Traced and compiled steps for all models of the process, by class, settings, projected or not, first step or not;
-# several where the step branches on a number.
-_VARIANTS: dict[object, list[tuple[TracedStep, "CompiledUpdate"]]] = {}
+# Compiled steps for all models of the process, by class, settings, projected or not; several where the step branches
+# on a hyper-parameter.
+_VARIANTS: dict[object, list["CompiledUpdate"]] = {}
+# Step counts at which a class is asked for other branches than the one it takes now.
+_PROBED_STEPS = (0.0, 1.0, 10.0, 100.0, 1e4, 1e6)
+_STEP = f"{STATE_PREFIX}step"
 
 
 class UpdateCompiler:
@@ -50,7 +55,7 @@ class UpdateCompiler:
         self.optimizer_class = optimizer_class
         self._defaults = defaults
         self._layouts: dict[object, StateLayout] = {}
-        self._chosen: dict[object, CompiledUpdate] = {}
+        self._chosen: dict[object, tuple[CompiledUpdate, int]] = {}
         self._used: set[CompiledUpdate] = set()
 
     @property
@@ -82,7 +87,11 @@ class UpdateCompiler:
             **settings.floats,
             **{STATE_PREFIX + name: value for name, value in layout.scalars.items()},
         }
-        lower_to_subspace(trace_step(self.optimizer_class, group, layout, scalars, first=True), projected=True)
+        try:
+            for traced in _branches(self.optimizer_class, group, layout, scalars):
+                lower_to_subspace(traced, projected=True)
+        except OptimizerError as error:
+            raise OptimizerError(f"{self.optimizer_class.__name__} cannot be lowered: {error}") from error
 
     def update(
         self,
@@ -112,16 +121,16 @@ class UpdateCompiler:
         values = (*settings.floats.values(), *[float(state[name]) for name in layout.scalars])
         born = first and None in layout.initial.values()
         key = (record is not None, born, settings.switches, values)
-        compiled = self._chosen.get(key)
-        if compiled is None:
+        chosen = self._chosen.get(key)
+        if chosen is None:
             if len(self._chosen) >= _NUM_CACHED_STEPS:
                 self._chosen.clear()
-            compiled = self._variant(group, settings, layout, values, record is not None, born)
-            self._chosen[key] = compiled
-            self._used.add(compiled)
-        compiled(weight, grad, [state[name] for name in layout.initial], state, (*values, scale), record)
+            chosen = self._chosen[key] = self._choose(group, settings, layout, values, record is not None, born)
+            self._used.add(chosen[0])
+        compiled, branch = chosen
+        compiled(branch, weight, grad, [state[name] for name in layout.initial], state, (*values, scale), record)
 
-    def _variant(
+    def _choose(
         self,
         group: Mapping[str, Any],
         settings: GroupSettings,
@@ -129,32 +138,65 @@ class UpdateCompiler:
         values: tuple[float, ...],
         projected: bool,
         born: bool,
-    ) -> "CompiledUpdate":
-        """The variant whose branches these numbers take, traced now if they are new."""
+    ) -> tuple["CompiledUpdate", int]:
+        """The compiled step and its branch that these numbers take, traced now if they are new."""
         names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
-        known = _VARIANTS.setdefault((self.optimizer_class, projected, born, settings.switches, names), [])
-        for traced, compiled in known:
-            if traced.holds_for(values):
-                return compiled
-        scalars = dict(zip(names, values, strict=True))
-        traced = trace_step(self.optimizer_class, group, layout, scalars, first=born)
-        compiled = CompiledUpdate(lower_to_subspace(traced, projected=projected), traced.new_scalars)
-        known.append((traced, compiled))
-        return compiled
+        known = _VARIANTS.setdefault((self.optimizer_class, projected, settings.switches, names), [])
+        for compiled in known:
+            branch = compiled.branch_for(values, born)
+            if branch is not None:
+                return compiled, branch
+        traced = _branches(self.optimizer_class, group, layout, dict(zip(names, values, strict=True)))
+        compiled = CompiledUpdate(traced, projected)
+        known.append(compiled)
+        branch = compiled.branch_for(values, born)
+        assert branch is not None, f"{self.optimizer_class.__name__} was traced at {values} and does not hold there"
+        return compiled, branch
+
+
+def _branches(
+    optimizer_class: type[torch.optim.Optimizer],
+    group: Mapping[str, Any],
+    layout: StateLayout,
+    scalars: Mapping[str, float],
+) -> list[TracedStep]:
+    """The step for these numbers, and its other branches at other step counts and at a parameter's first step."""
+    found: list[TracedStep] = []
+    for first in (False, True) if None in layout.initial.values() else (False,):
+        for step in (None, *_PROBED_STEPS) if _STEP in scalars else (None,):
+            probe = dict(scalars) if step is None else {**scalars, _STEP: step}
+            values = tuple(probe.values())
+            if not any(traced.first == first and traced.holds_for(values) for traced in found):
+                found.append(trace_step(optimizer_class, group, layout, probe, first=first))
+    return found
 
 
 class CompiledUpdate:
-    """One lowered step; its body is compiled by Inductor at the first call, for any length."""
+    """One lowered step with all its branches; the body is compiled by Inductor at the first call, for any length.
 
-    def __init__(self, lowered: LoweredStep, new_scalars: tuple[str, ...]) -> None:
-        assert lowered.scalars[-1] == SCALE
-        self._lowered = lowered
-        self._new_scalars = new_scalars
-        self._body: Callable[..., Any] = torch.compile(lowered.body, fullgraph=True, dynamic=True)
+    Args:
+        traced: the branches.
+        projected: whether the parameter is projected.
+    """
+
+    def __init__(self, traced: Sequence[TracedStep], projected: bool) -> None:
+        self._traced = traced
+        self._lowered = [lower_to_subspace(step, projected=projected) for step in traced]
+        assert all(lowered.scalars[-1] == SCALE for lowered in self._lowered)
+        self._new_scalars = traced[0].new_scalars
+        self._needs_weight = any(lowered.needs_weight for lowered in self._lowered)
+        body = merge_branches(self._lowered, projected=projected)
+        self._body: Callable[..., Any] = torch.compile(body, fullgraph=True, dynamic=True)
         self._numbers = functools.lru_cache(_NUM_CACHED_STEPS)(self._compute_numbers)
+
+    def branch_for(self, values: tuple[float, ...], born: bool) -> int | None:
+        """Which branch these numbers take, None where none of them holds."""
+        taken = (i for i, step in enumerate(self._traced) if step.first == born and step.holds_for(values))
+        return next(taken, None)
 
     def __call__(
         self,
+        branch: int,
         weight: Tensor,
         grad: Tensor,
         tensors: list[Tensor],
@@ -162,13 +204,14 @@ class CompiledUpdate:
         values: tuple[float, ...],
         record: ProjectedParameter | None,
     ) -> None:
-        """Runs prologue, body and back-projection; the arguments are those of ``UpdateCompiler.update``."""
-        numbers, factor, new_scalars = self._numbers(values, _compute_dtype(weight.dtype), weight.device)
+        """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
+        dtype, device = _compute_dtype(weight.dtype), weight.device
+        numbers, factor, new_scalars = self._numbers(branch, values, dtype, device)
         inputs = [grad, *tensors]
         if record is None:
             self._body(*_flat([weight, *inputs]), numbers)
         else:
-            if self._lowered.needs_weight:
+            if self._needs_weight:
                 inputs.append(project(weight, record.basis, record.dim))
             update = self._body(*_flat(inputs), numbers)
             add_back_projection_(weight, update.view(grad.shape), record.basis, record.dim, factor)
@@ -176,15 +219,13 @@ class CompiledUpdate:
             state[name].fill_(value)
 
     def _compute_numbers(
-        self, values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+        self, branch: int, values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, float, tuple[float, ...]]:
-        out = self._lowered.prologue(*values)
-        num_slots = self._lowered.num_slots
-        return (
-            torch.tensor(out[:num_slots], dtype=dtype).to(device),
-            out[num_slots],
-            tuple(out[num_slots + 1 :]),
-        )
+        lowered = self._lowered[branch]
+        out = lowered.prologue(*values)
+        slots, factor, new_scalars = out[: lowered.num_slots], out[lowered.num_slots], out[lowered.num_slots + 1 :]
+        numbers = numbers_of(self._lowered, branch, slots)
+        return torch.tensor(numbers, dtype=dtype).to(device), factor, tuple(new_scalars)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

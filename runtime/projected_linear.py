@@ -11,14 +11,21 @@ B = X; stored (in, out): A = X, B = dY) matrix products associate:
 Not handled: double backward, forward-mode differentiation.
 """
 
+import enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from galore_fx.passes.model_graph.find_linears import WeightLayout
 from galore_fx.runtime.subspace import ProjectedDim
+
+
+class WeightLayout(enum.Enum):
+    """How a weight stores its two dimensions."""
+
+    OUT_IN = "out_in"
+    IN_OUT = "in_out"
 
 
 def projected_gradient(rows: Tensor, cols: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
@@ -55,12 +62,12 @@ def projected_linear(
     layout: str,
     dim: str,
 ) -> Tensor:
-    """A linear layer as a graph calls it: ``ProjectedLinear`` with its settings as text.
+    """A linear layer as a graph calls it: ``ProjectedLinear`` with its settings as text, and autocast obeyed.
 
     Args:
         x: (..., in).
         weight: W, (out, in) or (in, out) as ``layout`` says; gets no gradient.
-        bias: (out,) or None.
+        bias: what is added to the product: (out,), or None.
         basis: P, (m, r) or (n, r).
         leaf: Z, shape of R; its gradient is R.
         sketch_leaf: shape of P, its gradient is the sketch of the next basis; None where none is wanted.
@@ -70,6 +77,11 @@ def projected_linear(
     Returns:
         Y, (..., out).
     """
+    if torch.is_autocast_enabled(x.device.type):
+        # As autocast does for a linear layer; R is computed in that precision, and cast to its leaf's by autograd.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, basis, weight = x.to(dtype), basis.to(dtype), weight.detach().to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     out: Tensor = ProjectedLinear.apply(
         x, weight, bias, basis, leaf, sketch_leaf, WeightLayout(layout), ProjectedDim(dim)
     )
@@ -93,14 +105,16 @@ class ProjectedLinear(torch.autograd.Function):
         """Y, (..., out)."""
         if layout is WeightLayout.OUT_IN:
             return torch.nn.functional.linear(x, weight, bias)
-        assert bias is not None, "an (in, out) weight comes from addmm, which has its first operand"
-        return torch.addmm(bias, x, weight)
+        if bias is None:
+            return x @ weight
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
-        x, weight, _, basis, _, sketch_leaf, layout, dim = inputs
+        x, weight, bias, basis, _, sketch_leaf, layout, dim = inputs
         ctx.save_for_backward(x, weight, basis)
+        ctx.bias_shape = None if bias is None else bias.shape
         ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
 
     @staticmethod
@@ -114,7 +128,7 @@ class ProjectedLinear(torch.autograd.Function):
         inputs = x.reshape(-1, x.shape[-1])
         outputs = grad_output.reshape(-1, grad_output.shape[-1])
         rows, cols = (outputs, inputs) if ctx.layout is WeightLayout.OUT_IN else (inputs, outputs)
-        grad_bias = outputs.sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = outputs.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[2] else None
         projected = projected_gradient(rows, cols, basis, ctx.dim)
         next_basis = sketch(rows, cols, projected, ctx.dim) if ctx.sketched else None
         return grad_input, None, grad_bias, None, projected, next_basis, None, None

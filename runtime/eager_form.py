@@ -1,0 +1,124 @@
+"""The uncompiled form of a block: its own code, with the linears of projected weights exchanged while it runs.
+
+For a block that cannot be captured, and for one that runs in eval mode with grad enabled. The gradient of a projected
+weight is R here too and G is never formed, except where the weight is read by something that is no linear layer: there
+autograd delivers the full gradient of that use, and the optimizer projects it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from galore_fx.runtime.compatibility import F_LINEAR
+from galore_fx.runtime.projected_attention import projected_attention
+from galore_fx.runtime.projected_linear import WeightLayout, projected_linear
+from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
+
+_ATTENTION_SIGNATURE = inspect.signature(torch.nn.functional.multi_head_attention_forward)
+
+
+def run_eager(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls ``forward`` of ``module`` with projected linears.
+
+    Where transformers' gradient checkpointing is on, the checkpoint goes around this call and not inside it, so that
+    the recomputed forward is this one too.
+    """
+    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+    if not (checkpoint and module.training and getattr(module, "gradient_checkpointing", False)):
+        with EagerForm():
+            return forward(*args, **kwargs)
+
+    def inner(*inner_args: Any) -> Any:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+        try:
+            with EagerForm():
+                return forward(*inner_args, **kwargs)
+        finally:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+    return checkpoint(inner, *args)
+
+
+class EagerForm(TorchFunctionMode):
+    """While active, products of an activation and a projected weight deliver the projected gradient."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replaces what ``_RULES`` names."""
+        rule = _RULES.get(func)
+        if rule is None:
+            return func(*args, **(kwargs or {}))
+        return rule(func, *args, **(kwargs or {}))
+
+
+def _record_of(weight: object) -> tuple[ProjectedParameter, bool] | None:
+    """The record behind a weight or its transposition, and whether it is transposed."""
+    if not isinstance(weight, Tensor):
+        return None
+    record = REGISTRY.get(weight)
+    transposed = False
+    if record is None and weight._base is not None:
+        record = REGISTRY.get(weight._base)
+        whole = record is not None and (weight.shape, weight.stride()) == _transposed(record.weight)
+        transposed, record = whole, record if whole else None
+    usable = record is not None and record.form is not GradientForm.FULL and record.weight.requires_grad
+    return (record, transposed) if usable and record is not None else None
+
+
+def _transposed(weight: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    return weight.T.shape, weight.T.stride()
+
+
+def _product(record: ProjectedParameter, out_in: bool, x: Tensor, bias: Tensor | None) -> Tensor:
+    layout = WeightLayout.OUT_IN if out_in else WeightLayout.IN_OUT
+    basis, leaf, sketch_leaf = (*record.graph_inputs(record.form), None)[:3]
+    assert basis is not None and leaf is not None
+    return projected_linear(x, record.weight, bias, basis, leaf, sketch_leaf, layout.value, record.dim.value)
+
+
+def _linear(func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
+    found = _record_of(weight)
+    return func(input, weight, bias) if found is None else _product(found[0], not found[1], input, bias)
+
+
+def _matmul(func: Callable[..., Any], x: Tensor, other: Tensor, **settings: Any) -> Any:
+    found = None if settings else _record_of(other)
+    return func(x, other, **settings) if found is None else _product(found[0], found[1], x, None)
+
+
+def _addmm(func: Callable[..., Any], bias: Tensor, x: Tensor, other: Tensor, **settings: Any) -> Any:
+    found = None if settings else _record_of(other)
+    return func(bias, x, other, **settings) if found is None else _product(found[0], found[1], x, bias)
+
+
+def _attention(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    arguments = dict(_ATTENTION_SIGNATURE.bind(*args, **kwargs).arguments)
+    projections = {}
+    for name, value in arguments.items():
+        found = _record_of(value) if isinstance(value, nn.Parameter) else None
+        if found is not None:
+            basis, leaf, sketch_leaf = (*found[0].graph_inputs(found[0].form), None)[:3]
+            projections[name] = (basis, leaf, sketch_leaf, found[0].dim.value)
+    return projected_attention(projections, **arguments) if projections else func(*args, **kwargs)  # type: ignore[arg-type]
+
+
+_RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+    F_LINEAR: _linear,
+    torch.nn.functional.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.addmm: _addmm,
+    torch.nn.functional.multi_head_attention_forward: _attention,
+}

@@ -1,0 +1,73 @@
+"""torch's multi-head attention with projected weights.
+
+``nn.MultiheadAttention`` hands its weights to ``F.multi_head_attention_forward``, which multiplies by them itself. A
+copy of that function runs here whose ``linear`` is ours; masks, heads and dropout stay torch's.
+
+Cross-attention splits a packed weight (3 E, E) into parts of its rows. A basis of the columns serves all parts, and
+``R`` is split as the weight is. A basis of the rows would need the whole product at once: such a weight keeps its full
+gradient.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from galore_fx.runtime.compatibility import attention_with_linear
+from galore_fx.runtime.projected_linear import WeightLayout, projected_linear
+from galore_fx.runtime.subspace import ProjectedDim
+
+# Basis, leaf, sketch leaf or None, value of a ``ProjectedDim``.
+Projection = tuple[Tensor, Tensor, Tensor | None, str]
+
+
+def projected_attention(projections: Mapping[str, Projection], **arguments: Any) -> Any:
+    """``F.multi_head_attention_forward`` that delivers projected gradients.
+
+    Args:
+        projections: for each projected weight, by its name among the arguments.
+        **arguments: those of ``F.multi_head_attention_forward``, all by name.
+
+    Returns:
+        Its outputs: attention (L, N, E) or (L, E), and the attention weights or None.
+    """
+    weights = {name: _Projected(arguments[name], *projection) for name, projection in projections.items()}
+    return _ATTENTION(**{**arguments, **weights})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projected:
+    """A weight (out, in) that is passed through the attention to its ``linear``, and split on the way."""
+
+    weight: Tensor
+    basis: Tensor
+    leaf: Tensor
+    sketch_leaf: Tensor | None
+    dim: str
+
+    def split(self, sizes: list[int]) -> Any:
+        if self.dim == ProjectedDim.ROWS.value:
+            return self.weight.split(sizes)
+        parts = zip(self.weight.split(sizes), self.leaf.split(sizes), strict=True)
+        return tuple(dataclasses.replace(self, weight=weight, leaf=leaf) for weight, leaf in parts)
+
+    def chunk(self, count: int) -> Any:
+        return self.split([self.weight.shape[0] // count] * count)
+
+    def size(self, dim: int) -> int:
+        return self.weight.size(dim)
+
+    @property
+    def shape(self) -> Any:
+        return self.weight.shape
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, _Projected):
+        return _PLAIN_LINEAR(x, weight, bias)  # type: ignore[no-any-return]
+    extra = (weight.basis, weight.leaf, weight.sketch_leaf)
+    return projected_linear(x, weight.weight, bias, *extra, WeightLayout.OUT_IN.value, weight.dim)
+
+
+_ATTENTION, _PLAIN_LINEAR = attention_with_linear(_linear)
