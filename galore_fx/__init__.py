@@ -6,6 +6,7 @@ loss.backward()
 model.galore_fx.optimizer.step()
 """
 
+from galore_fx.backend import optimizer as optimizer
 from galore_fx.compilation import compile as compile
 from galore_fx.compilation import plan as plan
 from galore_fx.errors import BudgetError as BudgetError

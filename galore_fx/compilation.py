@@ -103,16 +103,40 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         All are raised before anything in the model is changed.
     """
     decisions = _decide(model, budget, sample, recipe, optimizer, overrides)
+    built = _build(model, decisions, optimizer)
+    compiler, forwards = _install(model, decisions, keep_logits, strict)
+    model.galore_fx = Compiled(built.optimizer, built.plan, compiler, built.updates, forwards)  # type: ignore[assignment]
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltOptimizer:
+    """An optimizer over a model's parameters, and what it was made from."""
+
+    optimizer: SubspaceOptimizer
+    updates: UpdateCompiler
+    plan: Plan
+
+
+def build_optimizer(
+    model: nn.Module,
+    budget: str | int | None,
+    recipe: str | Recipe,
+    optimizer: OptimizerChoice,
+    overrides: dict[str, Any],
+) -> BuiltOptimizer:
+    """The optimizer of a model whose graph is captured elsewhere; its arguments and errors are those of ``compile``."""
+    return _build(model, _decide(model, budget, None, recipe, optimizer, overrides), optimizer)
+
+
+def _build(model: nn.Module, decisions: _Decisions, given: OptimizerChoice) -> BuiltOptimizer:
     check_budget(decisions.plan)
     records, layers = _make_records(decisions)
-    subspace_optimizer = _make_optimizer(decisions, records, layers)
-    if decisions.optimizer is optimizer:
+    optimizer = _make_optimizer(decisions, records, layers)
+    if decisions.optimizer is given:
         retire(decisions.optimizer)
-    compiler, forwards = _install(model, decisions, subspace_optimizer, keep_logits, strict)
-    model.galore_fx = Compiled(  # type: ignore[assignment]
-        subspace_optimizer, decisions.plan, compiler, decisions.updates, forwards
-    )
-    return model
+    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
+    return BuiltOptimizer(optimizer, decisions.updates, decisions.plan)
 
 
 def _decide(
@@ -128,6 +152,11 @@ def _decide(
     budget_bytes = None if budget is None else parse_bytes(budget)
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is not an nn.Module")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            "this is what torch.compile returned; give galore_fx.compile the module itself, or use "
+            "torch.compile(model, backend='galore_fx') and galore_fx.optimizer(model)"
+        )
     if isinstance(getattr(model, "galore_fx", None), Compiled):
         raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
     regions = find_regions(model)
@@ -203,7 +232,7 @@ def _forward_function(module: nn.Module) -> Callable[..., Any]:
 
 
 def _install(
-    model: nn.Module, decisions: _Decisions, optimizer: SubspaceOptimizer, keep_logits: bool, strict: bool
+    model: nn.Module, decisions: _Decisions, keep_logits: bool, strict: bool
 ) -> tuple[RegionCompiler, list[CompiledForward]]:
     """Puts the dispatchers in place: one compiled function per forward function, shared by the layers that use it."""
     compiler = RegionCompiler()
@@ -227,5 +256,4 @@ def _install(
             own_code_object(type(model).forward), compile_head, recompile_limit=_RECOMPILE_LIMIT, whole=False
         )
     model.forward = TrainingForward(model, model.forward, training)
-    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
     return compiler, forwards

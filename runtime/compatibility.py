@@ -17,6 +17,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dynamo import compiled_autograd as _compiled_autograd
+from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.exc import TorchDynamoException as DynamoError
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx as _compile_fx
@@ -26,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import profile
 from torch.utils._pytree import tree_map
 from torch.utils._sympy.printers import PythonPrinter
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from galore_fx.errors import SettingError
 
@@ -38,7 +40,9 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",
+    "WeakTensorKeyDictionary",
     "attention_with_linear",
+    "backend_settings",
     "compile_graph",
     "condition_of",
     "current_tracing_context",
@@ -50,6 +54,20 @@ __all__ = [
     "tracing",
     "tree_map",
 ]
+
+
+def backend_settings(model: torch.nn.Module) -> tuple[str | None, dict[str, Any] | None]:
+    """Name of the backend and the options that a module was given to ``torch.compile`` with.
+
+    Returns:
+        (None, None) for a module that is not what ``torch.compile`` returns.
+    """
+    context = getattr(model, "dynamo_ctx", None)
+    if context is None:
+        return None, None
+    backend: Any = innermost_backend(context.callback)
+    name = getattr(backend, "compiler_name", None) or getattr(backend, "__name__", str(backend))
+    return name, dict(getattr(backend, "kwargs", {}).get("options") or {})
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:

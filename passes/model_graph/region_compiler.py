@@ -50,6 +50,16 @@ class RegionCompiler:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         """Captures a graph and compiles the variant that this very call needs."""
+        return self.capture(gm, example_inputs, compile_now=True)
+
+    def capture(self, gm: fx.GraphModule, example_inputs: Sequence[object], *, compile_now: bool) -> Callable[..., Any]:
+        """Captures a graph; what it returns runs the variant that its inputs' records ask for.
+
+        Args:
+            gm: the graph, as Dynamo gives it.
+            example_inputs: its inputs.
+            compile_now: compile a variant already, and not when it is first run.
+        """
         gm, _ = run_passes(copy_graph(gm), example_inputs, [inline_checkpoints, slice_single_indices])
         key = _graph_identity(gm)
         region = _REGIONS.get(key) if key is not None else None
@@ -58,10 +68,11 @@ class RegionCompiler:
             if key is not None:
                 _REGIONS[key] = region
         used = self._used.setdefault(region, set())
-        records = region.records(example_inputs)
-        if region.is_symbolic:
-            region.compile_forms(records)
-        region.variant_for(records)
+        if compile_now:
+            records = region.records(example_inputs)
+            if region.is_symbolic:
+                region.compile_forms(records)
+            region.variant_for(records)
         region.finish_capture()
 
         def call(*inputs: object) -> Any:

@@ -27,8 +27,8 @@ from galore_fx.runtime.compatibility import FakeTensorMode, ShapeEnv, condition_
 
 STATE_PREFIX = "state."
 WHAT_CAN_BE_LOWERED = (
-    "Of torch.optim, AdamW, Adam, SGD, RMSprop, NAdam, RAdam, Adagrad, Adamax, Adadelta can be lowered; a class of your "
-    "own can if it treats all elements of a parameter alike and adds its update to the weight, as they do"
+    "Of torch.optim, AdamW, Adam, SGD, RMSprop, NAdam, RAdam, Adagrad, Adamax, Adadelta can be lowered; a class of "
+    "your own can if it treats all elements of a parameter alike and adds its update to the weight, as they do"
 )
 _SWITCHES = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
 _SHAPE = (3, 2)
@@ -253,7 +253,7 @@ def _dummy(
     settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     # Some classes fill their state when they are made (Adagrad), so they are made with the group's settings.
     accepted = inspect.signature(optimizer_class).parameters
-    optimizer = optimizer_class([parameter], **{k: v for k, v in settings.items() if k in accepted})  # type: ignore[call-arg]
+    optimizer = optimizer_class([parameter], **{k: v for k, v in settings.items() if k in accepted})
     optimizer.param_groups[0].update({**settings, **{k: v for k, v in _SWITCHES.items() if k in settings}})
     return optimizer, parameter
 
