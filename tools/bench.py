@@ -1,6 +1,7 @@
 """Side-by-side benchmarks; each run appends rows to tools/results/.
 
     python tools/bench.py memory          memory through one step, as a picture (needs the plots extra)
+    python tools/bench.py start           time to the first step: cold, warm, and with 24 layers
     python tools/bench.py step            one training step: plain AdamW, galore_torch, galore_fx
     python tools/bench.py step --case a --steps 15
 
@@ -56,12 +57,14 @@ def _cpu_name() -> str:
 def main() -> None:
     """Reads the command line and runs one benchmark."""
     import bench_memory
+    import bench_start
     import bench_step
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     bench_step.add_command(commands)
     bench_memory.add_command(commands)
+    bench_start.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

@@ -4,12 +4,16 @@ Dropout is off everywhere, so that a compiled and a plain model see the same num
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
+
+import galore_fx
+from galore_fx.runtime.subspace import project
 
 VOCABULARY, HIDDEN, HEADS, LAYERS, LENGTH, BATCH = 128, 32, 4, 2, 16, 4
 _PLAIN = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -176,3 +180,62 @@ FAMILIES: dict[str, Family] = {
         _images,
     ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class FamilyReport:
+    """What came of training one family.
+
+    Attributes:
+        share: part of the parameters (by elements) that is projected.
+        num_projected: projected weights.
+        worst_error: largest ||R - G Q|| / ||G Q|| over them, G from the plain model in eager mode.
+        num_full: projected weights that had a full gradient all the same.
+        losses: before each of six steps on one batch.
+        num_graphs: block graphs that were captured.
+        uncompiled: blocks that were not.
+        has_logits: whether logits were formed in training.
+    """
+
+    share: float
+    num_projected: int
+    worst_error: float
+    num_full: int
+    losses: list[float]
+    num_graphs: int
+    uncompiled: list[str]
+    has_logits: bool
+
+
+def train_family(family: Family, num_steps: int = 5) -> FamilyReport:
+    """Compares the first gradients with the plain model's, then trains some steps on the same batch."""
+    model, reference = family.model(), family.model()
+    galore_fx.compile(model, rank=4, refresh_gap=100, optimizer=functools.partial(torch.optim.AdamW, lr=3e-3))
+    batch = family.batch(torch.Generator().manual_seed(1))
+    reference(**batch).loss.backward()
+    plain = dict(reference.named_parameters())
+    out = model(**batch)
+    out.loss.backward()
+    records = list(model.galore_fx.optimizer.records)  # type: ignore[union-attr]
+    errors, num_full = [], 0
+    for record in records:
+        expected = project(plain[record.name].grad, record.basis, record.dim)  # type: ignore[arg-type]
+        errors.append(float((record.leaf.grad - expected).norm() / expected.norm()))
+        num_full += record.weight.grad is not None
+    losses = [out.loss.item()]
+    for _ in range(num_steps):
+        model.galore_fx.optimizer.step()  # type: ignore[union-attr]
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(loss.item())
+    stats = model.galore_fx.stats()  # type: ignore[union-attr, operator]
+    return FamilyReport(
+        share=sum(r.weight.numel() for r in records) / sum(p.numel() for p in model.parameters()),
+        num_projected=len(records),
+        worst_error=max(errors),
+        num_full=num_full,
+        losses=losses,
+        num_graphs=stats["num_region_graphs"],
+        uncompiled=list(stats["uncompiled"]),
+        has_logits=out.get("logits") is not None,
+    )

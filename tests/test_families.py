@@ -1,0 +1,27 @@
+"""A sample of the families of docs/models.md: a multi-query decoder, an encoder, an encoder-decoder, a vision model."""
+
+import pytest
+
+from tools.model_families import FAMILIES, train_family
+
+
+@pytest.mark.parametrize(
+    ("name", "num_projected", "num_graphs"),
+    [("Falcon", 8, 1), ("OPT", 12, 1), ("DistilBERT", 12, 1), ("T5", 32, 4), ("ViT", 12, 1)],
+)
+def test_gradients_are_projected_and_the_loss_falls(name, num_projected, num_graphs):
+    report = train_family(FAMILIES[name], num_steps=5)
+    assert report.worst_error < 1e-4
+    assert report.num_full == 0
+    assert report.losses[-1] < report.losses[0]
+    assert (report.num_projected, report.num_graphs, report.uncompiled) == (num_projected, num_graphs, [])
+    assert not report.has_logits
+    assert 0.5 < report.share < 1
+
+
+def test_the_page_has_all_of_them():
+    from pathlib import Path
+
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    assert len(FAMILIES) == 15
+    assert all(f"| {name} " in page for name in FAMILIES)
