@@ -16,6 +16,8 @@ from galore_fx.errors import ModelError as ModelError
 from galore_fx.errors import OptimizerError as OptimizerError
 from galore_fx.errors import SettingError as SettingError
 from galore_fx.errors import UsageError as UsageError
+from galore_fx.explanation import Explanation as Explanation
+from galore_fx.explanation import explain as explain
 from galore_fx.plan_record import Plan as Plan
 from galore_fx.recipe import RECIPES as RECIPES
 from galore_fx.recipe import Recipe as Recipe

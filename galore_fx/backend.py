@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from galore_fx.compilation import build_optimizer
+from galore_fx.decisions import decide
 from galore_fx.errors import ModelError, SettingError, UsageError
 from galore_fx.handle import Compiled
+from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, copy_graph
 from galore_fx.runtime.compatibility import (
@@ -121,7 +122,8 @@ def optimizer(
     options = given if options is None else dict(options)
     known = _model_of(trained, options)
     settings = _one_graph_settings(known.options or {})
-    made = build_optimizer(inner, settings.pop("budget", None), settings.pop("recipe", "auto"), optimizer, settings)
+    decisions = decide(inner, settings.pop("budget", None), None, settings.pop("recipe", "auto"), optimizer, settings)
+    made = build_optimizer(inner, decisions, optimizer)
     inner.galore_fx = Compiled(made.optimizer, made.plan, known.compiler, made.updates, [])
     # torch's wrapper is a module of its own, with a zero_grad of its own.
     vars(model)["zero_grad"] = inner.zero_grad

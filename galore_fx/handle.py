@@ -1,9 +1,12 @@
 """``model.galore_fx``: what a compiled model knows about itself."""
 
+import functools
+import inspect
 import warnings
 from typing import Any
 
 from galore_fx.errors import UsageError
+from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
@@ -37,6 +40,13 @@ class Compiled:
         self._regions = regions
         self._updates = updates
         self._forwards = forwards
+
+    @property
+    def optimizer_choice(self) -> OptimizerChoice:
+        """The user's optimizer class with its defaults."""
+        settings = inspect.signature(self._updates.optimizer_class).parameters
+        defaults = {key: value for key, value in self.optimizer.defaults.items() if key in settings}
+        return functools.partial(self._updates.optimizer_class, **defaults)
 
     def stats(self) -> dict[str, Any]:
         """Counts and figures of the run so far.

@@ -1,6 +1,7 @@
 """What the user may pass as ``optimizer``: a class, a ``functools.partial`` of one, or an instance."""
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -49,6 +50,13 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
             "with requires_grad_(False)"
         )
     return instance
+
+
+def same_class(instance: torch.optim.Optimizer) -> OptimizerChoice:
+    """A class with the instance's defaults, to make another one over other parameters."""
+    accepted = inspect.signature(type(instance)).parameters
+    settings = {key: value for key, value in instance.defaults.items() if key in accepted}
+    return functools.partial(type(instance), **settings)
 
 
 def retire(instance: torch.optim.Optimizer) -> None:

@@ -28,6 +28,8 @@ class ParameterPlan:
         dim: "rows" or "cols", the projected dimension; None at full rank.
         rank: the rank in force; None at full rank.
         bytes: bytes by category (``CATEGORIES``).
+        reason: what it is in the model, which is why it is projected or not.
+        shared_with: its other names, where several modules use it.
     """
 
     name: str
@@ -36,6 +38,8 @@ class ParameterPlan:
     dim: str | None
     rank: int | None
     bytes: dict[str, int]
+    reason: str = ""
+    shared_with: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +121,8 @@ class Plan:
         try:
             data = json.loads(text)
             parameters = tuple(
-                ParameterPlan(**{**entry, "shape": tuple(entry["shape"])}) for entry in data["parameters"]
+                ParameterPlan(**{**entry, "shape": tuple(entry["shape"]), "shared_with": tuple(entry["shared_with"])})
+                for entry in data["parameters"]
             )
             regions, fixed_bytes = tuple(data["regions"]), int(data["fixed_bytes"])
             return cls(data["recipe"], data["optimizer"], data["budget_bytes"], regions, parameters, fixed_bytes)

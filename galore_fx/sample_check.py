@@ -1,6 +1,6 @@
 """Whether the model accepts a sample, tried on fake tensors: nothing is computed, nothing is changed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,12 +27,7 @@ def check_sample(model: nn.Module, sample: object) -> None:
         return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(sample, Mapping):
-        kwargs = {key: tree_map(fake, value) for key, value in sample.items()}
-    else:
-        args = tuple(tree_map(fake, list(sample) if isinstance(sample, tuple | list) else [sample]))
+    args, kwargs = call_arguments(sample, fake)
     try:
         with mode, torch.no_grad():
             torch.func.functional_call(model, {name: fake(value) for name, value in state.items()}, args, kwargs)
@@ -40,11 +35,25 @@ def check_sample(model: nn.Module, sample: object) -> None:
         # The model looks into its input's values, which fake tensors have not; the first real call will tell.
         return
     except Exception as error:
-        described = {key: _describe(value) for key, value in kwargs.items()} or [_describe(value) for value in args]
         raise ModelError(
-            f"{type(model).__name__} does not accept the sample {described}: {type(error).__name__}: {error}. "
+            f"{type(model).__name__} does not accept the sample {describe_sample(sample)}: "
+            f"{type(error).__name__}: {error}. "
             "Give a batch as the model takes it in training, for example dict(input_ids=ids, labels=ids)"
         ) from error
+
+
+def call_arguments(sample: object, convert: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A sample as arguments and keywords of the model's forward, each tensor in it converted."""
+    if isinstance(sample, Mapping):
+        return (), {key: tree_map(convert, value) for key, value in sample.items()}
+    values = list(sample) if isinstance(sample, tuple | list) else [sample]
+    return tuple(tree_map(convert, values)), {}
+
+
+def describe_sample(sample: object) -> str:
+    """Dtypes and shapes of a sample, for messages."""
+    args, kwargs = call_arguments(sample, _describe)
+    return str(kwargs or list(args))
 
 
 def _describe(value: object) -> str:

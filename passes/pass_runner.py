@@ -10,14 +10,40 @@ from torch import fx
 GraphPass = Callable[[fx.GraphModule, Sequence[object]], fx.GraphModule]
 
 
+_EFFECT = "galore_fx_effect"
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What a pass says of its work.
+
+    Attributes:
+        count: how many times it changed something.
+        what: what that is, in words.
+        bytes_before: bytes that the rewritten part made before, None where the pass is not about bytes.
+        bytes_after: and after.
+    """
+
+    count: int
+    what: str
+    bytes_before: int | None = None
+    bytes_after: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its name, its time in seconds, and the graph's nodes before and after."""
+    """What one pass did: its name, its time in seconds, the graph's nodes before and after, and its own words."""
 
     name: str
     time_s: float
     num_nodes_before: int
     num_nodes_after: int
+    effect: Effect | None = None
+
+
+def note_effect(gm: fx.GraphModule, effect: Effect) -> None:
+    """Called by a pass, on the graph that it returns."""
+    gm.meta[_EFFECT] = effect
 
 
 def run_passes(
@@ -46,7 +72,8 @@ def run_passes(
             gm.graph.lint()
         except Exception as error:
             raise RuntimeError(f"pass {name} left a malformed graph: {error} (ran before: {done})") from error
-        records.append(PassRecord(name, time.perf_counter() - start, before, len(gm.graph.nodes)))
+        time_s = time.perf_counter() - start
+        records.append(PassRecord(name, time_s, before, len(gm.graph.nodes), gm.meta.pop(_EFFECT, None)))
     return gm, records
 
 

@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException as DynamoError
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx as _compile_fx
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutput
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import profile
 from torch.utils._pytree import tree_map
@@ -37,6 +37,7 @@ __all__ = [
     "F_LINEAR",
     "DataDependentOutput",
     "DynamoError",
+    "FakeCopyMode",
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",

@@ -77,7 +77,7 @@ def projected_linear(
     Returns:
         Y, (..., out).
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         # As autocast does for a linear layer; R is computed in that precision, and cast to its leaf's by autograd.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, basis, weight = x.to(dtype), basis.to(dtype), weight.detach().to(dtype)

@@ -7,7 +7,8 @@ import torch
 from torch import fx
 
 from galore_fx.errors import OptimizerError
-from galore_fx.passes.optimizer_graph.lower_to_subspace import lower_to_subspace
+from galore_fx.passes.optimizer_graph.lower_to_subspace import LoweredStep, lower_to_subspace
+from galore_fx.passes.optimizer_graph.merge_branches import merge_branches, numbers_of
 from galore_fx.passes.optimizer_graph.trace_step import (
     GroupSettings,
     StateLayout,
@@ -149,3 +150,28 @@ def test_scalar_operations_run_on_the_host():
     lowered = lower_to_subspace(_trace(torch.optim.AdamW)[0], projected=True)
     targets = {node.target for node in lowered.prologue.graph.nodes if node.op == "call_function"}
     assert targets <= {operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg}
+
+
+def _branch(make, num_numbers):
+    """A step s' = make(s, g, number...) whose update is its new state."""
+    graph = fx.Graph()
+    grad, state, numbers = (graph.placeholder(name) for name in ("grad", "s", "numbers"))
+    values = [graph.call_function(operator.getitem, (numbers, i)) for i in range(num_numbers)]
+    new = make(graph, state, grad, values)
+    graph.output((new, new))
+    return LoweredStep(fx.GraphModule({}, fx.Graph()), fx.GraphModule({}, graph), ("grad", "s"), (), num_numbers)
+
+
+def test_merged_branches_are_chosen_by_number_and_write_in_place():
+    scaled = _branch(lambda graph, s, g, n: graph.call_function(torch.mul, (g, n[0])), 1)
+    divided = _branch(
+        lambda graph, s, g, n: graph.call_function(torch.div, (graph.call_function(torch.mul, (s, n[0])), n[1])), 2
+    )
+    branches = [scaled, divided]
+    body = merge_branches(branches, projected=True)
+    grad = torch.tensor([1.0, 2.0])
+    for taken, slots, expected in ((0, [3.0], [3.0, 6.0]), (1, [4.0, 2.0], [10.0, 14.0])):
+        state = torch.tensor([5.0, 7.0])
+        update = body(grad, state, torch.tensor(numbers_of(branches, taken, slots)))
+        # The branch that is not taken divides zero by zero.
+        assert update.tolist() == state.tolist() == expected

@@ -1,13 +1,19 @@
 """Model-graph passes on hand-made graphs of a few nodes, the runner, and the analysis of regions."""
 
+import operator
+
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.find_linears import WeightLayout, find_linears
 from galore_fx.passes.model_graph.find_regions import find_regions
+from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
+from galore_fx.passes.model_graph.region_compiler import copy_graph
+from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import run_passes
 from galore_fx.runtime.projected_linear import ProjectedLinear, projected_gradient, sketch
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
@@ -169,3 +175,117 @@ def test_a_list_inside_a_block_makes_no_regions_of_its_own():
     model.layers = nn.ModuleList([Block(), Block()])
     model.head = nn.Linear(4, 2)
     assert [(r.name, len(r.weights)) for r in find_regions(model)] == [("layers.0", 2), ("layers.1", 2)]
+
+
+def capture(function, *inputs):
+    """The graph that Dynamo makes of a function."""
+    graphs = []
+
+    def keep(gm, _example_inputs):
+        graphs.append(copy_graph(gm))
+        return gm.forward
+
+    torch.compile(function, backend=keep, fullgraph=True)(*inputs)
+    return graphs[0]
+
+
+def test_checkpointed_linears_are_inlined_and_marked():
+    linear = nn.Linear(4, 4)
+
+    def nested(x):
+        return checkpoint(lambda y: linear(y).relu(), x, use_reentrant=False) + 1
+
+    gm = capture(lambda x: checkpoint(nested, x, use_reentrant=False) * 2, torch.randn(3, 4))
+    assert find_linears(gm) == []
+    gm, records = run_passes(gm, (), [inline_checkpoints])
+    assert records[0].effect.count == 2, "one inside the other"
+    assert len(find_linears(gm)) == 1
+    marked = {node.target for node in gm.graph.nodes if "recompute" in node.meta}
+    assert marked == {torch._C._nn.linear, "relu", operator.add}
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(gm(*_by_kind(gm, x, linear))[0], 2 * (linear(x).relu() + 1))
+
+
+def _by_kind(gm, x, linear):
+    values = {"weight": linear.weight, "bias": linear.bias}
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    return [next((value for key, value in values.items() if key in name), x) for name in names]
+
+
+def test_a_checkpoint_that_chooses_what_to_save_is_left_alone():
+    def saves_products():
+        return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+    linear = nn.Linear(4, 4, bias=False)
+    gm = capture(lambda x: checkpoint(linear, x, use_reentrant=False, context_fn=saves_products), torch.randn(3, 4))
+    before = gm.code
+    assert inline_checkpoints(gm, ()).code == before
+
+
+def indexing(index):
+    """sin(x[index])"""
+    graph = fx.Graph()
+    picked = graph.call_function(operator.getitem, (graph.placeholder("x"), index))
+    graph.output((graph.call_method("sin", (picked,)),))
+    return fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize("index", [(..., [-2], slice(None)), (slice(None), [1]), (..., [-1]), ([0], slice(1, 3))])
+def test_single_indices_become_slices_of_equal_value_and_gradient(index):
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    gm, records = run_passes(indexing(index), (), [slice_single_indices])
+    assert records[0].effect.count == 1
+    got, expected = gm(x)[0], x[index].sin()
+    assert torch.equal(got, expected)
+    assert torch.equal(*(torch.autograd.grad(value.sum(), x)[0] for value in (got, expected)))
+
+
+@pytest.mark.parametrize("index", [(..., [0, 1]), ([0], [1]), (slice(None), 1)])
+def test_other_indices_stay(index):
+    gm = indexing(index)
+    before = gm.code
+    gm, records = run_passes(gm, (), [slice_single_indices])
+    assert records[0].effect.count == 0 and gm.code == before
+
+
+@pytest.mark.parametrize(
+    ("product", "layout"),
+    [
+        (lambda x, w: x @ w, WeightLayout.IN_OUT),
+        (lambda x, w: x @ w.T, WeightLayout.OUT_IN),
+        (lambda x, w: torch.matmul(x, w.t()), WeightLayout.OUT_IN),
+        (lambda x, w: x.mm(w), WeightLayout.IN_OUT),
+        (lambda x, w: nn.functional.linear(x, w.T), WeightLayout.IN_OUT),
+        (lambda x, w: torch.addmm(x, x, w), WeightLayout.IN_OUT),
+    ],
+)
+def test_products_in_every_form_are_found_and_projected(product, layout):
+    x, weight = torch.randn(3, 4, requires_grad=True), nn.Parameter(torch.randn(4, 4))
+    gm = capture(product, x, weight)
+    (site,) = find_linears(gm)
+    assert site.layout is layout
+    record = ProjectedParameter.create(
+        "w", weight, ProjectedDim.COLS, 2, random_basis((4, 2), torch.Generator().manual_seed(0))
+    )
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    target = ProjectionTarget(names.index(site.weight.name), "w", record.dim, GradientForm.PROJECTED)
+    gm = project_gradients(gm, (), targets=[target])
+    given = [weight if name == site.weight.name else x for name in names]
+    gm(*given, record.basis, record.leaf)[0].square().sum().backward()
+    grad_x, grad_w = torch.autograd.grad(product(x, weight).square().sum(), (x, weight))
+    torch.testing.assert_close(x.grad, grad_x)
+    torch.testing.assert_close(record.leaf.grad, grad_w @ record.basis)
+    assert weight.grad is None
+
+
+def test_a_transposed_weight_that_is_read_twice_is_refused():
+    def function(x, w):
+        transposed = w.T
+        return x @ transposed + transposed.sum()
+
+    gm = capture(function, torch.randn(3, 4), nn.Parameter(torch.randn(4, 4)))
+    (site,) = find_linears(gm)
+    index = [node for node in gm.graph.nodes if node.op == "placeholder"].index(site.weight)
+    target = ProjectionTarget(index, "w", ProjectedDim.COLS, GradientForm.PROJECTED)
+    with pytest.raises(CaptureError, match="w is read by .*sum"):
+        project_gradients(gm, (), targets=[target])

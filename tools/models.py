@@ -19,24 +19,14 @@ from tqdm import tqdm
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 TOLERANCE = 1e-4
-HEADERS = (
-    "family",
-    "class",
-    "kind",
-    "projected",
-    "of the parameters",
-    "worst gradient error",
-    "loss",
-    "block graphs",
-    "logits",
-)
+HEADERS = ("family", "class", "kind", "projected", "of all", "worst gradient error", "loss", "block graphs", "logits")
 TEXT = """# Models
 
 Written by `python tools/models.py` with torch {torch} and transformers {transformers}: tiny random models (hidden 32,
 2 layers, rank 4), one batch, float32, CPU.
 
-- *projected*: weights trained in a subspace, and their share of all parameters by elements (tiny vocabularies here; in a
-  7B model the blocks are 96 %).
+- *projected*: weights trained in a subspace, and their share *of all* parameters by elements (in a 7B model the blocks
+  are 96 %).
 - *worst gradient error*: largest ||R - G Q|| / ||G Q||, R from the compiled model, G from the plain one in eager mode.
   No projected weight had a full gradient.
 - *loss*: before the first step and after the fifth, on the same batch.

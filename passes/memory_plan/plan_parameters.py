@@ -5,12 +5,13 @@ Made from shapes alone: parameters may be on the meta device.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from galore_fx.errors import BudgetError
 from galore_fx.passes.model_graph.find_regions import LinearWeight, Region
+from galore_fx.passes.model_graph.parameter_roles import ParameterRole
 from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
 from galore_fx.runtime.subspace import ProjectedDim
@@ -22,6 +23,7 @@ _SCALAR_STATE_BYTES = 4
 def plan_parameters(
     named_parameters: Sequence[tuple[str, nn.Parameter]],
     regions: Sequence[Region],
+    roles: Mapping[str, ParameterRole],
     recipe: Recipe,
     *,
     optimizer: str,
@@ -35,6 +37,7 @@ def plan_parameters(
     Args:
         named_parameters: the trained parameters, each once.
         regions: the model's regions.
+        roles: what each of them is in the model.
         recipe: the parts in force.
         optimizer: name of the optimizer class.
         num_state_tensors: tensors of the gradient's shape that it keeps per parameter.
@@ -46,7 +49,7 @@ def plan_parameters(
     entries = []
     for name, parameter in named_parameters:
         index, linear = projected.get(id(parameter), (None, None)) if recipe.projects else (None, None)
-        element = parameter.element_size()
+        element, role = parameter.element_size(), roles[name]
         weight_bytes = parameter.numel() * element
         scalar_bytes = num_state_scalars * _SCALAR_STATE_BYTES
         if linear is None:
@@ -57,7 +60,9 @@ def plan_parameters(
                 "optimizer_state": state_bytes,
                 "gradients": weight_bytes,
             }
-            entries.append(ParameterPlan(name, tuple(parameter.shape), None, None, None, sizes))
+            reason = role.description if recipe.projects else f"recipe {recipe.name} projects nothing"
+            full = ParameterPlan(name, tuple(parameter.shape), None, None, None, sizes, reason, role.shared_with)
+            entries.append(full)
             continue
         shape = (parameter.shape[0], parameter.shape[1])
         dim, rank = projected_dim(linear, recipe), recipe.rank_in_force(shape)
@@ -68,7 +73,7 @@ def plan_parameters(
             "optimizer_state": num_state_tensors * low_bytes + scalar_bytes,
             "gradients": low_bytes,
         }
-        entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes))
+        entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, role.description, role.shared_with))
     names = tuple(region.name for region in regions)
     return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries), fixed_bytes)
 

@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from galore_fx.passes.model_graph.find_linears import find_linears
-from galore_fx.passes.model_graph.linear_cross_entropy import linear_cross_entropy
+from galore_fx.passes.model_graph.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
+from galore_fx.passes.pass_runner import Effect, note_effect
 from galore_fx.runtime.projected_linear import WeightLayout
 
 _SIGNATURE = inspect.signature(torch.nn.functional.cross_entropy)
@@ -26,6 +27,7 @@ _PLAIN_SETTINGS = {"weight": None, "size_average": None, "reduce": None, "label_
 def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
     """Rewrites the heads of ``gm`` (in place) whose logits only the loss reads."""
     output = next(node for node in gm.graph.nodes if node.op == "output")
+    count = logits_bytes = chunk_bytes = 0
     for site in find_linears(gm):
         loss = _loss_of(site.node, output)
         if loss is None or site.layout is not WeightLayout.OUT_IN:
@@ -39,7 +41,13 @@ def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.Graph
         logits = _same_values(site.node)
         output.args = (tuple(None if value in logits else value for value in output.args[0]),)
         gm.graph.eliminate_dead_code()
+        example = _example(site.node)
+        assert example is not None, "the loss has looked at it"
+        count += 1
+        logits_bytes += example.nbytes
+        chunk_bytes += min(example.nbytes, CHUNK_BYTES)
     gm.recompile()
+    note_effect(gm, Effect(count, "heads whose logits are made in chunks", logits_bytes, chunk_bytes))
     return gm
 
 

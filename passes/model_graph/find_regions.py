@@ -6,6 +6,7 @@ in GaLore's released training script (methods: every linear of attention and MLP
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -68,7 +69,7 @@ def find_regions(model: nn.Module) -> list[Region]:
     return regions
 
 
-def find_stems(model: nn.Module, regions: list[Region]) -> list[nn.Module]:
+def find_stems(model: nn.Module, regions: Sequence[Region]) -> list[nn.Module]:
     """The modules that call the blocks: the owners of their lists, and a transformers model's base model.
 
     What is left of the model's forward around them is head and loss. Empty where the model itself calls its blocks.

@@ -12,11 +12,22 @@ from torch import fx
 
 from galore_fx.passes.model_graph.chunk_loss import chunk_loss
 from galore_fx.passes.model_graph.region_compiler import copy_graph
-from galore_fx.passes.pass_runner import run_passes
+from galore_fx.passes.pass_runner import PassRecord, run_passes
 
 
-def compile_head(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
-    """A Dynamo backend: rewrites the loss, runs the graph."""
-    gm, _ = run_passes(copy_graph(gm), example_inputs, [chunk_loss])
-    forward: Callable[..., Any] = gm.forward
-    return forward
+class HeadCompiler:
+    """The Dynamo backend of one model's head and loss.
+
+    Attributes:
+        pass_records: what each pass did, per captured graph.
+    """
+
+    def __init__(self) -> None:
+        self.pass_records: list[list[PassRecord]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
+        """Rewrites the loss, runs the graph."""
+        gm, records = run_passes(copy_graph(gm), example_inputs, [chunk_loss])
+        self.pass_records.append(records)
+        forward: Callable[..., Any] = gm.forward
+        return forward

@@ -19,18 +19,23 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from galore_fx.passes.pass_runner import Effect, note_effect
+
 _CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _NUMBERS = itertools.count()
 
 
 def inline_checkpoints(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
     """Inlines the checkpointed bodies of ``gm`` (in place), nested ones too."""
+    count = 0
     while found := [node for node in gm.graph.nodes if _is_plain_checkpoint(gm, node)]:
+        count += len(found)
         for node in found:
             _inline(gm, node)
     gm.graph.eliminate_dead_code()
     gm.delete_all_unused_submodules()
     gm.recompile()
+    note_effect(gm, Effect(count, "checkpointed parts marked for recomputation"))
     return gm
 
 

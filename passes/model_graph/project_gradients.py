@@ -23,6 +23,7 @@ from galore_fx.passes.model_graph.find_linears import (
     find_attention_weights,
     find_linears,
 )
+from galore_fx.passes.pass_runner import Effect, note_effect
 from galore_fx.runtime.projected_attention import projected_attention
 from galore_fx.runtime.projected_linear import projected_linear
 from galore_fx.runtime.projected_parameter import GradientForm
@@ -81,9 +82,26 @@ def project_gradients(
             else:
                 _replace_linear(gm.graph, site, (basis, leaf, sketch_leaf), target.dim)
     gm.graph.eliminate_dead_code()
-    gm.graph.lint()
     gm.recompile()
+    note_effect(gm, _effect(targets, len(placeholders), example_inputs))
     return gm
+
+
+def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs: Sequence[Any]) -> Effect:
+    """Bytes of the gradients that leave the graph, where the examples of all its inputs are at hand."""
+    what = "weights whose gradient leaves as R"
+    if any(target.form is GradientForm.SKETCHED for target in targets):
+        what += " with the next basis's sketch"
+    if len(example_inputs) <= num_inputs:
+        return Effect(len(targets), what)
+    full = projected = 0
+    position = num_inputs
+    for target in targets:
+        num_extra = 3 if target.form is GradientForm.SKETCHED else 2
+        full += example_inputs[target.placeholder].nbytes
+        projected += sum(leaf.nbytes for leaf in example_inputs[position + 1 : position + num_extra])
+        position += num_extra
+    return Effect(len(targets), what, full, projected)
 
 
 def _other_readers(weight: fx.Node, uses: list[LinearSite | AttentionSite]) -> list[fx.Node]:

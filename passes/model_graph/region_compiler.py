@@ -20,11 +20,13 @@ from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
-from galore_fx.runtime.compatibility import compile_graph, current_tracing_context, tracing
+from galore_fx.runtime.compatibility import FakeTensorMode, compile_graph, current_tracing_context, tracing
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 
+Regions = dict[tuple[object, ...], "CapturedRegion"]
+FinishGraph = Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]]
 # Regions by their graph, for all models of the process; a region holds no tensor of a model.
-_REGIONS: dict[tuple[object, ...], "CapturedRegion"] = {}
+_REGIONS: Regions = {}
 
 
 def forget_regions() -> None:
@@ -33,10 +35,18 @@ def forget_regions() -> None:
 
 
 class RegionCompiler:
-    """The Dynamo backend of one model's regions, and what the model has used of it so far."""
+    """The Dynamo backend of one model's regions, and what the model has used of it so far.
 
-    def __init__(self) -> None:
+    Args:
+        regions: where captured regions are kept; those of the process by default.
+        finish: makes a callable of a graph after all passes; AOTAutograd and Inductor by default.
+    """
+
+    def __init__(self, regions: Regions | None = None, finish: FinishGraph = compile_graph) -> None:
+        self._regions = _REGIONS if regions is None else regions
+        self._finish = finish
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
+        self._weights: dict[CapturedRegion, set[str]] = {}
 
     @property
     def num_graphs(self) -> int:
@@ -47,6 +57,15 @@ class RegionCompiler:
     def num_variants(self) -> int:
         """Compiled forms of them that this model has run."""
         return sum(len(keys) for keys in self._used.values())
+
+    @property
+    def regions(self) -> list["CapturedRegion"]:
+        """What has been captured for this model."""
+        return list(self._used)
+
+    def weights_of(self, region: "CapturedRegion") -> set[str]:
+        """Names of the projected weights that have gone through a region, of all blocks that share it."""
+        return self._weights[region]
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
         """Captures a graph and compiles the variant that this very call needs."""
@@ -60,14 +79,14 @@ class RegionCompiler:
             example_inputs: its inputs.
             compile_now: compile a variant already, and not when it is first run.
         """
-        gm, _ = run_passes(copy_graph(gm), example_inputs, [inline_checkpoints, slice_single_indices])
+        gm, pass_records = run_passes(copy_graph(gm), example_inputs, [inline_checkpoints, slice_single_indices])
         key = _graph_identity(gm)
-        region = _REGIONS.get(key) if key is not None else None
+        region = self._regions.get(key) if key is not None else None
         if region is None:
-            region = CapturedRegion(gm)
+            region = CapturedRegion(gm, pass_records, self._finish)
             if key is not None:
-                _REGIONS[key] = region
-        used = self._used.setdefault(region, set())
+                self._regions[key] = region
+        used, weights = self._used.setdefault(region, set()), self._weights.setdefault(region, set())
         if compile_now:
             records = region.records(example_inputs)
             if region.is_symbolic:
@@ -78,6 +97,7 @@ class RegionCompiler:
         def call(*inputs: object) -> Any:
             records = region.records(inputs)
             used.add(region.key(records))
+            weights.update(record.name for record in records if record)
             extra = (value for record in records if record for value in record.graph_inputs(record.form))
             return region.variant_for(records)(*inputs, *extra)
 
@@ -88,11 +108,12 @@ class CapturedRegion:
     """One graph and its compiled variants.
 
     Attributes:
-        pass_records: what each pass did, per compiled variant.
+        pass_records: what each pass did: to the graph itself, and then for each variant.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self.pass_records: list[list[PassRecord]] = []
+    def __init__(self, gm: fx.GraphModule, pass_records: list[PassRecord], finish: FinishGraph) -> None:
+        self.pass_records: list[list[PassRecord]] = [pass_records]
+        self._finish = finish
         self._capturing = True
         self._gm = gm
         self._context = current_tracing_context()
@@ -152,21 +173,24 @@ class CapturedRegion:
         targets = [ProjectionTarget(index, record.name, record.dim, form) for index, record, form in wanted]
         fake_mode = self._context.fake_mode
         assert fake_mode is not None and fake_mode.shape_env is not None
-        extra = [
-            fake_mode.from_tensor(value, static_shapes=True)
-            for _, record, form in wanted
-            for value in record.graph_inputs(form)
-        ]
+        extra = [_fake_like(value, fake_mode) for _, record, form in wanted for value in record.graph_inputs(form)]
         passes: list[GraphPass] = [functools.partial(project_gradients, targets=targets)] if targets else []
         inputs = [*self._fakes, *extra]
         with tracing(self._context):
             gm, pass_records = run_passes(copy_graph(self._gm), inputs, passes)
             self.pass_records.append(pass_records)
             num_guards = len(fake_mode.shape_env.guards)
-            compiled = compile_graph(gm, inputs)
+            compiled = self._finish(gm, inputs)
         # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
         unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
         return gm.forward if unchecked else compiled
+
+
+def _fake_like(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """A fake tensor with the layout of a real or fake one, its sizes fixed."""
+    with mode:
+        like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return like.requires_grad_(value.requires_grad)
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

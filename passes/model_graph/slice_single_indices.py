@@ -16,9 +16,12 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from galore_fx.passes.pass_runner import Effect, note_effect
+
 
 def slice_single_indices(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
     """Rewrites the indexing nodes of ``gm`` (in place)."""
+    count = 0
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is not operator.getitem or not isinstance(node.args[1], tuple):
             continue
@@ -34,5 +37,7 @@ def slice_single_indices(gm: fx.GraphModule, example_inputs: Sequence[object]) -
             copied = gm.graph.call_method("clone", (node,))
         copied.meta = {**node.meta, "galore_fx": {"pass": "slice_single_indices"}}
         node.replace_all_uses_with(copied, delete_user_cb=lambda user, copied=copied: user is not copied)
+        count += 1
     gm.recompile()
+    note_effect(gm, Effect(count, "single indices became slices"))
     return gm

@@ -7,6 +7,7 @@ serves all of them. Where the step branches on how many steps there were, all br
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from galore_fx.passes.optimizer_graph.trace_step import (
     state_layout,
     trace_step,
 )
+from galore_fx.passes.pass_runner import Effect, PassRecord
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.subspace import add_back_projection_, project
 
@@ -92,6 +94,42 @@ class UpdateCompiler:
                 lower_to_subspace(traced, projected=True)
         except OptimizerError as error:
             raise OptimizerError(f"{self.optimizer_class.__name__} cannot be lowered: {error}") from error
+
+    def pass_records(self, group: Mapping[str, Any], *, projected: bool) -> list[PassRecord]:
+        """What each pass makes of the step of a parameter, for ``explain``; nothing is compiled."""
+        settings = self.read(group)
+        layout = self.layout(settings, group)
+        states = {STATE_PREFIX + name: value for name, value in layout.scalars.items()}
+        start = time.perf_counter()
+        traced = _branches(self.optimizer_class, group, layout, {**settings.floats, **states})
+        traced_at = time.perf_counter()
+        lowered = [lower_to_subspace(step, projected=projected) for step in traced]
+        lowered_at = time.perf_counter()
+        merged = merge_branches(lowered, projected=projected)
+        sizes = [
+            sum(len(step.gm.graph.nodes) for step in traced),
+            sum(len(step.prologue.graph.nodes) + len(step.body.graph.nodes) for step in lowered),
+            sum(len(step.prologue.graph.nodes) for step in lowered) + len(merged.graph.nodes),
+        ]
+        numbers = len(settings.floats) + len(states)
+        where = "in the subspace" if projected else "at full rank"
+        return [
+            PassRecord("trace_step", traced_at - start, 0, sizes[0], Effect(numbers, "live numbers")),
+            PassRecord(
+                "lower_to_subspace",
+                lowered_at - traced_at,
+                sizes[0],
+                sizes[1],
+                Effect(len(layout.initial), f"states {where}"),
+            ),
+            PassRecord(
+                "merge_branches",
+                time.perf_counter() - lowered_at,
+                sizes[1],
+                sizes[2],
+                Effect(len(traced), "branches in one body"),
+            ),
+        ]
 
     def update(
         self,

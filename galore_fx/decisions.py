@@ -1,0 +1,75 @@
+"""All that ``compile``, ``plan``, the backend and ``explain`` decide about a model, before anything in it changes."""
+
+import dataclasses
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from galore_fx.errors import ModelError
+from galore_fx.handle import Compiled
+from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer
+from galore_fx.passes.memory_plan.plan_parameters import plan_parameters
+from galore_fx.passes.model_graph.find_regions import Region, find_regions
+from galore_fx.passes.model_graph.parameter_roles import parameter_roles
+from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
+from galore_fx.plan_record import Plan
+from galore_fx.recipe import Recipe, resolve_recipe
+from galore_fx.runtime.compatibility import refuse_unsupported_modes
+from galore_fx.sample_check import check_sample
+from galore_fx.units import parse_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Decisions:
+    """Everything that is acted on."""
+
+    recipe: Recipe
+    regions: list[Region]
+    optimizer: Optimizer
+    updates: UpdateCompiler
+    plan: Plan
+
+
+def decide(
+    model: nn.Module,
+    budget: str | int | None,
+    sample: object,
+    recipe: str | Recipe,
+    optimizer: OptimizerChoice,
+    overrides: dict[str, Any],
+) -> Decisions:
+    """Resolves and checks what the user gave; the arguments and errors are those of ``galore_fx.compile``."""
+    refuse_unsupported_modes()
+    resolved = resolve_recipe(recipe, overrides)
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a {type(model).__name__} is not an nn.Module")
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            "this is what torch.compile returned; give galore_fx.compile the module itself, or use "
+            "torch.compile(model, backend='galore_fx') and galore_fx.optimizer(model)"
+        )
+    if isinstance(getattr(model, "galore_fx", None), Compiled):
+        raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
+    regions = find_regions(model)
+    instance = resolve_optimizer(optimizer, model)
+    updates = UpdateCompiler(type(instance), instance.defaults)
+    for group in instance.param_groups:
+        updates.check(group)
+    if sample is not None:
+        check_sample(model, sample)
+    layout = updates.layout(updates.read(instance.param_groups[0]), instance.param_groups[0])
+    made = plan_parameters(
+        [(name, p) for name, p in model.named_parameters() if p.requires_grad],
+        regions,
+        parameter_roles(model, regions),
+        resolved,
+        optimizer=type(instance).__name__,
+        num_state_tensors=len(layout.initial),
+        num_state_scalars=len(layout.scalars),
+        budget_bytes=budget_bytes,
+        fixed_bytes=sum(b.nbytes for b in model.buffers())
+        + sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+    )
+    return Decisions(resolved, regions, instance, updates, made)

@@ -1,0 +1,229 @@
+"""``galore_fx.explain``: what the passes do to a model, found on fake tensors; nothing is computed or changed."""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import fx, nn
+
+from galore_fx.decisions import Decisions, decide
+from galore_fx.errors import ModelError, SettingError
+from galore_fx.handle import Compiled
+from galore_fx.installation import install
+from galore_fx.optimizer_build import refresh_form
+from galore_fx.optimizer_choice import OptimizerChoice, same_class
+from galore_fx.passes.model_graph.head_compiler import HeadCompiler
+from galore_fx.passes.model_graph.region_compiler import RegionCompiler
+from galore_fx.passes.pass_runner import PassRecord
+from galore_fx.plan_record import ParameterPlan, Plan
+from galore_fx.recipe import Recipe
+from galore_fx.runtime.compatibility import FakeCopyMode, FakeTensorMode, ShapeEnv
+from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.sample_check import call_arguments, describe_sample
+from galore_fx.units import format_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphReport:
+    """One graph and what the passes did to it.
+
+    Attributes:
+        graph: which graph: a block's, head and loss, or the optimizer step's.
+        passes: what each pass did, in order.
+    """
+
+    graph: str
+    passes: tuple[PassRecord, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What galore_fx does to a model. ``str()`` of it is the report.
+
+    Attributes:
+        plan: the decisions, with the role of each parameter.
+        graphs: what the passes did.
+        uncompiled: blocks that cannot be captured as one graph, with the reason.
+    """
+
+    plan: Plan
+    graphs: tuple[GraphReport, ...]
+    uncompiled: Mapping[str, str]
+
+    def __str__(self) -> str:
+        parts = ["Graphs", _graph_table(self.graphs), "", "Parameters", _parameter_table(self.plan)]
+        for name, reason in self.uncompiled.items():
+            parts.append(f"not compiled: {name or 'the model'}: {reason}")
+        return "\n".join([*parts, "", self.plan.table()])
+
+
+def explain(
+    model: nn.Module,
+    sample: object,
+    *,
+    recipe: str | Recipe = "auto",
+    optimizer: OptimizerChoice = torch.optim.AdamW,
+    keep_logits: bool = False,
+    **overrides: Any,
+) -> Explanation:
+    """What the passes change in a model for a batch: node counts, bytes, and which parameters are projected and why.
+
+    Works on fake tensors: neither the model nor a compiled form of it runs, and the model may be on the meta device.
+
+    Args:
+        model: a plain model, or one that ``galore_fx.compile`` has compiled (its own recipe and optimizer then hold).
+        sample: a batch as the model takes it.
+        recipe, optimizer, keep_logits, **overrides: as of ``galore_fx.compile``.
+
+    Returns:
+        The explanation; print it.
+
+    Raises:
+        ModelError: the model does not accept the sample.
+        SettingError, OptimizerError: as of ``galore_fx.compile``.
+    """
+    compiled = getattr(model, "galore_fx", None)
+    if isinstance(compiled, Compiled):
+        if overrides:
+            raise SettingError(f"the model is compiled; {', '.join(overrides)} cannot be given anew")
+        recipe, optimizer = Recipe(**compiled.plan.recipe), compiled.optimizer_choice
+    elif isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = same_class(optimizer)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    fake = _fake_copy(model, mode)
+    decisions = decide(fake, None, None, recipe, optimizer, overrides)
+    records = _fake_records(decisions, mode)
+    regions, head = RegionCompiler(regions={}, finish=_leave), None if keep_logits else HeadCompiler()
+    forwards = install(fake, decisions.regions, regions, head, strict=False)
+    for form in (GradientForm.PROJECTED, refresh_form(decisions.recipe)):
+        for record in records:
+            record.form = record.refresh_form = form
+        _forward(fake, sample, mode)
+    head_passes = [passes for passes in head.pass_records if _changed(passes)] if head else []
+    graphs = [
+        *_region_reports(decisions, regions),
+        *(GraphReport("head and loss", tuple(passes)) for passes in head_passes),
+        *_optimizer_reports(decisions),
+    ]
+    uncompiled = {forward.name: forward.function.failure for forward in forwards if forward.function.failure}
+    return Explanation(decisions.plan, tuple(graphs), uncompiled)
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy in training mode, of the model as it was before any compilation, without a byte of its tensors."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a {type(model).__name__} is not an nn.Module")
+    with warnings.catch_warnings(), FakeCopyMode(mode):
+        warnings.simplefilter("ignore")  # that the copy of a compiled model is plain is what is wanted
+        fake = copy.deepcopy(model)
+    vars(fake).pop("galore_fx", None)
+    return fake.train()
+
+
+def _fake_records(decisions: Decisions, mode: FakeTensorMode) -> list[ProjectedParameter]:
+    weights = {w.name: w.weight for region in decisions.regions for w in region.weights}
+    records = []
+    for entry in decisions.plan.parameters:
+        if entry.rank is None or entry.dim is None:
+            continue
+        weight, dim = weights[entry.name], ProjectedDim(entry.dim)
+        shape = dim.basis_shape((entry.shape[0], entry.shape[1]), entry.rank)
+        with mode:
+            basis = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+            records.append(ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis))
+        REGISTRY.add(records[-1])
+    return records
+
+
+def _forward(fake: nn.Module, sample: object, mode: FakeTensorMode) -> None:
+    def as_fake(value: Any) -> Any:
+        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = call_arguments(sample, as_fake)
+    try:
+        with mode, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fallback is part of the explanation
+            fake(*args, **kwargs)
+    except Exception as error:
+        raise ModelError(
+            f"{type(fake).__name__} does not run on fake tensors with the sample {describe_sample(sample)}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _leave(gm: fx.GraphModule, _inputs: Sequence[object]) -> Callable[..., Any]:
+    forward: Callable[..., Any] = gm.forward
+    return forward
+
+
+def _changed(passes: Sequence[PassRecord]) -> bool:
+    return any(record.effect is not None and record.effect.count for record in passes)
+
+
+def _region_reports(decisions: Decisions, compiler: RegionCompiler) -> list[GraphReport]:
+    index = {entry.name: entry.region for entry in decisions.plan.parameters if entry.region is not None}
+    reports = []
+    for region in compiler.regions:
+        blocks = sorted({index[name] for name in compiler.weights_of(region)})
+        first = decisions.regions[blocks[0]] if blocks else None
+        name = f"block {first.name} ({type(first.module).__name__})" if first and first.name else "the model"
+        name += f" and {len(blocks) - 1} like it" if len(blocks) > 1 else ""
+        prepared, *variants = region.pass_records
+        for form, passes in zip(("steady", "refreshing"), variants, strict=False):
+            reports.append(GraphReport(f"{name}, {form}", (*prepared, *passes)))
+    return reports
+
+
+def _optimizer_reports(decisions: Decisions) -> list[GraphReport]:
+    group, name = decisions.optimizer.param_groups[0], type(decisions.optimizer).__name__
+    kinds = {"of a projected parameter": True, "of a parameter at full rank": False}
+    if not any(entry.rank is not None for entry in decisions.plan.parameters):
+        del kinds["of a projected parameter"]
+    return [
+        GraphReport(f"{name}'s step {kind}", tuple(decisions.updates.pass_records(group, projected=projected)))
+        for kind, projected in kinds.items()
+    ]
+
+
+def _graph_table(graphs: Sequence[GraphReport]) -> str:
+    rows = []
+    for report in graphs:
+        rows.append((report.graph, "", "", "", ""))
+        for record in report.passes:
+            effect = record.effect
+            idle = effect is not None and not effect.count
+            what = "nothing to do" if effect is None or idle else f"{effect.count} {effect.what}"
+            sized = effect is not None and not idle and effect.bytes_before is not None
+            sizes = f"{format_bytes(effect.bytes_before)} -> {format_bytes(effect.bytes_after)}" if sized else ""  # type: ignore[union-attr, arg-type]
+            nodes = f"{record.num_nodes_before} -> {record.num_nodes_after}"
+            rows.append((f"  {record.name}", what, nodes, sizes, f"{1e3 * record.time_s:.0f}"))
+    return tabulate(rows, headers=("graph and pass", "what it changed", "nodes", "bytes", "ms"), colalign=("left",) * 5)
+
+
+def _parameter_table(plan: Plan) -> str:
+    """Parameters of equal name but for the numbers in it, shape and treatment share a row."""
+    groups: dict[tuple[Any, ...], list[ParameterPlan]] = {}
+    for entry in plan.parameters:
+        pattern, shared = _pattern(entry.name), tuple(map(_pattern, entry.shared_with))
+        groups.setdefault((pattern, entry.shape, entry.rank, entry.dim, entry.reason, shared), []).append(entry)
+    rows = []
+    for (pattern, shape, rank, dim, reason, shared), entries in groups.items():
+        kept = sum(sum(entry.bytes.values()) for entry in entries)
+        treatment = "full rank" if rank is None else f"rank {rank}, {dim}"
+        why = f"{reason}, shared with {', '.join(shared)}" if shared else reason
+        rows.append((pattern, len(entries), "x".join(map(str, shape)), treatment, why, format_bytes(kept)))
+    return tabulate(
+        rows,
+        headers=("parameter", "count", "shape", "trained at", "because", "bytes kept"),
+        colalign=("left", "right", "left", "left", "left", "right"),
+    )
+
+
+def _pattern(name: str) -> str:
+    """A parameter's name with a star for each number in its path."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

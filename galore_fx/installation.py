@@ -1,0 +1,77 @@
+"""Puts the compiled forms in the place of a model's forwards."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from galore_fx.passes.model_graph.find_regions import Region, find_stems
+from galore_fx.passes.model_graph.head_compiler import HeadCompiler
+from galore_fx.passes.model_graph.region_compiler import RegionCompiler
+from galore_fx.runtime.compatibility import dispatch_compiler
+from galore_fx.runtime.dispatch import (
+    CompiledForward,
+    OpaqueForward,
+    RegionFunction,
+    TrainingForward,
+    own_code_object,
+)
+
+# Forms of one region's graph before it counts as a defect: shapes, masks and modes of a batch, not layers.
+_RECOMPILE_LIMIT = 64
+
+
+def install(
+    model: nn.Module,
+    regions: Sequence[Region],
+    compiler: RegionCompiler,
+    head: HeadCompiler | None,
+    *,
+    strict: bool,
+) -> list[CompiledForward]:
+    """Puts the dispatchers in place: one compiled function per forward function, shared by the layers that use it.
+
+    Args:
+        model: the model.
+        regions: its blocks.
+        compiler: compiles their graphs.
+        head: rewrites head and loss, None to leave them.
+        strict: a block that cannot be captured is an error.
+
+    Returns:
+        The blocks' new forwards.
+    """
+    functions: dict[object, RegionFunction] = {}
+    forwards: list[CompiledForward] = []
+    for region in regions:
+        module = region.module
+        function = _forward_function(module)
+        if function not in functions:
+            functions[function] = RegionFunction(
+                dispatch_compiler(own_code_object(function), compiler, recompile_limit=_RECOMPILE_LIMIT), strict
+            )
+        forwards.append(CompiledForward(region.name, module, module.forward, functions[function]))
+        module.forward = forwards[-1]
+    training = None
+    stems = find_stems(model, regions)
+    if stems and "forward" not in vars(model) and head is not None:
+        for stem in stems:
+            stem.forward = OpaqueForward(stem, stem.forward)
+        training = dispatch_compiler(
+            own_code_object(type(model).forward), head, recompile_limit=_RECOMPILE_LIMIT, whole=False
+        )
+    model.forward = TrainingForward(model, model.forward, training)
+    return forwards
+
+
+def _forward_function(module: nn.Module) -> Callable[..., Any]:
+    """What a call of the module runs, taking the module first: its class's forward, or one set on the instance."""
+    own = vars(module).get("forward")
+    if own is None:
+        function: Callable[..., Any] = type(module).forward
+        return function
+
+    def forward(_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return own(*args, **kwargs)
+
+    return forward

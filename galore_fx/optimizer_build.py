@@ -1,0 +1,86 @@
+"""Makes the records and the optimizer that the decisions ask for."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from galore_fx.decisions import Decisions
+from galore_fx.optimizer_choice import OptimizerChoice, retire
+from galore_fx.passes.memory_plan.plan_parameters import check_budget
+from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
+from galore_fx.plan_record import Plan
+from galore_fx.recipe import Recipe
+from galore_fx.runtime.dispatch import ClearingZeroGrad
+from galore_fx.runtime.optimizer import SubspaceOptimizer
+from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
+from galore_fx.runtime.refresh_schedule import SUBSPACE_ITERATION_WARM_UP, FixedSchedule
+from galore_fx.runtime.subspace import ProjectedDim, random_basis
+
+_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltOptimizer:
+    """An optimizer over a model's parameters, and what it was made from."""
+
+    optimizer: SubspaceOptimizer
+    updates: UpdateCompiler
+    plan: Plan
+
+
+def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoice) -> BuiltOptimizer:
+    """The optimizer with its state, in place of the user's; ``model.zero_grad`` then clears projected gradients too.
+
+    Raises:
+        BudgetError: what is kept through the step already exceeds the budget; nothing has changed then.
+    """
+    check_budget(decisions.plan)
+    records, layers = make_records(decisions)
+    optimizer = _make_optimizer(decisions, records, layers)
+    if decisions.optimizer is given:
+        retire(decisions.optimizer)
+    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
+    return BuiltOptimizer(optimizer, decisions.updates, decisions.plan)
+
+
+def refresh_form(recipe: Recipe) -> GradientForm:
+    """What a due basis asks of the backward."""
+    return GradientForm.FULL if recipe.basis == "svd" else GradientForm.SKETCHED
+
+
+def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[int]]:
+    """One record per projected parameter, found by its weight from then on, and the region it belongs to."""
+    weights = {w.name: w.weight for region in decisions.regions for w in region.weights}
+    generator = torch.Generator().manual_seed(_SEED)
+    records, layers = [], []
+    for entry in decisions.plan.parameters:
+        if entry.rank is None or entry.dim is None or entry.region is None:
+            continue
+        weight, dim = weights[entry.name], ProjectedDim(entry.dim)
+        shape = dim.basis_shape((entry.shape[0], entry.shape[1]), entry.rank)
+        basis = random_basis(shape, generator).to(weight)
+        record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
+        REGISTRY.add(record)
+        records.append(record)
+        layers.append(entry.region)
+    return records, layers
+
+
+def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], layers: list[int]) -> SubspaceOptimizer:
+    recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
+    schedule = FixedSchedule(
+        recipe.refresh_gap, len(decisions.regions), recipe.stagger, 1 if exact else SUBSPACE_ITERATION_WARM_UP
+    )
+    return SubspaceOptimizer(
+        decisions.optimizer.param_groups,
+        decisions.optimizer.defaults,
+        updates=decisions.updates,
+        records=records,
+        layers=layers,
+        schedule=schedule,
+        exact=exact,
+        scale=recipe.scale,
+        in_backward=recipe.update == "in-backward",
+        max_grad_norm=recipe.max_grad_norm,
+    )

@@ -1,0 +1,56 @@
+"""Analysis: what each trained parameter is in its model, in words, for the plan and for ``explain``."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import nn
+
+from galore_fx.passes.model_graph.find_regions import Region
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterRole:
+    """What a parameter is.
+
+    Attributes:
+        description: "linear of a block", "embedding", ...: why it can be projected, or why not.
+        shared_with: its other names in the model, where several modules use it.
+    """
+
+    description: str
+    shared_with: tuple[str, ...]
+
+
+def parameter_roles(model: nn.Module, regions: Sequence[Region]) -> dict[str, ParameterRole]:
+    """The role of each trained parameter, by its first name in the model."""
+    in_blocks = {id(w.weight) for region in regions for w in region.weights}
+    kinds: dict[int, set[str]] = {}
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            kinds.setdefault(id(parameter), set()).add(_kind(module, key))
+            names.setdefault(id(parameter), []).append(f"{prefix}.{key}" if prefix else key)
+    roles = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        known = kinds[id(parameter)]
+        others = tuple(other for other in names[id(parameter)] if other != name)
+        if id(parameter) in in_blocks:
+            description = "linear of a block"
+        elif parameter.ndim != 2:
+            description = f"{parameter.ndim}-D, not a matrix"
+        elif "embedding" in known:
+            description = "embedding, tied to the head" if "linear" in known else "embedding"
+        else:
+            description = "linear outside the blocks" if "linear" in known else "not the weight of a linear layer"
+        roles[name] = ParameterRole(description, others)
+    return roles
+
+
+def _kind(module: nn.Module, key: str) -> str:
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or conv1d
+    return "linear" if linear and key.endswith("weight") else "other"
