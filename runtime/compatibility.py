@@ -52,6 +52,7 @@ __all__ = [
     "optimizer_internals",
     "quiet_profiler",
     "refuse_unsupported_modes",
+    "size_hint",
     "tracing",
     "tree_map",
 ]
@@ -116,6 +117,11 @@ def _dynamo_settings(**settings: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size, or the value that a symbolic one had when it was captured."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def refuse_unsupported_modes() -> None:

@@ -9,6 +9,7 @@ ensures   unchanged where something other than the loss reads the logits, or whe
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,11 +42,9 @@ def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.Graph
         logits = _same_values(site.node)
         output.args = (tuple(None if value in logits else value for value in output.args[0]),)
         gm.graph.eliminate_dead_code()
-        example = _example(site.node)
-        assert example is not None, "the loss has looked at it"
         count += 1
-        logits_bytes += example.nbytes
-        chunk_bytes += min(example.nbytes, CHUNK_BYTES)
+        logits_bytes += _bytes(site.node)
+        chunk_bytes += min(_bytes(site.node), CHUNK_BYTES)
     gm.recompile()
     note_effect(gm, Effect(count, "heads whose logits are made in chunks", logits_bytes, chunk_bytes))
     return gm
@@ -85,6 +84,15 @@ def _one_row_per_target(logits: fx.Node, given: Mapping[str, Any]) -> bool:
 def _example(value: object) -> torch.Tensor | None:
     example = value.meta.get("example_value") if isinstance(value, fx.Node) else None
     return example if isinstance(example, torch.Tensor) else None
+
+
+def _bytes(node: fx.Node) -> int:
+    """Bytes of a node's value for the sizes that Dynamo saw."""
+    example = _example(node)
+    assert example is not None, "the loss has looked at its sizes"
+    return (
+        math.prod(int(size) if isinstance(size, int) else size.node.hint for size in example.shape) * example.itemsize
+    )
 
 
 def _same_values(logits: fx.Node) -> set[fx.Node]:

@@ -42,9 +42,9 @@ class RegionCompiler:
         finish: makes a callable of a graph after all passes; AOTAutograd and Inductor by default.
     """
 
-    def __init__(self, regions: Regions | None = None, finish: FinishGraph = compile_graph) -> None:
+    def __init__(self, regions: Regions | None = None, finish: FinishGraph | None = None) -> None:
         self._regions = _REGIONS if regions is None else regions
-        self._finish = finish
+        self._finish = finish or compile_graph
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
         self._weights: dict[CapturedRegion, set[str]] = {}
 
