@@ -7,6 +7,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_func
 from torch import fx
+from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
 
 import galore_fx
@@ -32,7 +33,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
     monkeypatch.setattr(
         region_compiler, "compile_graph", lambda gm, inputs: compile_fx(gm, list(inputs), inner_compile=keep)
     )
-    yield found
+    # AOTAutograd answers from its cache on disk without calling anyone, where a graph has been compiled before.
+    with functorch_config.patch(enable_autograd_cache=False):
+        yield found
     region_compiler.forget_regions()
 
 
