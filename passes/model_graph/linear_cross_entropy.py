@@ -66,13 +66,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, num_tokens, size):
             part = slice(start, min(start + size, num_tokens))
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
+            # Every step in place: torch.logsumexp would hold a second tensor of the chunk's size, and take its exp twice.
+            logits -= logits.amax(1, keepdim=True)
             picked = logits.gather(1, safe_target[part, None])
-            normaliser = logits.logsumexp(1, keepdim=True)
-            loss += ((normaliser - picked)[:, 0] * factor[part]).sum()
+            normaliser = logits.exp_().sum(1, keepdim=True)
+            loss += ((normaliser.log() - picked)[:, 0] * factor[part]).sum()
             if sums.wanted:
-                logits.sub_(normaliser).exp_()
-                logits.scatter_add_(1, safe_target[part, None], torch.full_like(picked, -1.0))
-                logits.mul_(factor[part, None])
+                logits.mul_(factor[part, None] / normaliser)
+                logits.scatter_add_(1, safe_target[part, None], -factor[part, None])
                 sums.add(part, logits.to(hidden.dtype), hidden[part], weight)
         ctx.gradients = sums.finished()
         # As torch: the mean over no target at all is NaN, its gradients are zero.
