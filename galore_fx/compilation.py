@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from galore_fx.choice import decide_for_sample
 from galore_fx.decisions import decide
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
@@ -23,14 +24,24 @@ def plan(
     sample: object = None,
     recipe: str | Recipe = "auto",
     optimizer: OptimizerChoice = torch.optim.AdamW,
+    keep_logits: bool = False,
+    device: str | None = None,
     **overrides: Any,
 ) -> Plan:
     """What ``compile`` would do to the model, from shapes alone; changes nothing.
 
-    Takes what ``compile`` takes, and raises what it raises, with one exception: a budget that cannot hold what is kept
-    is said by ``Plan.fits``.
+    Takes what ``compile`` takes, and raises what it raises, with one exception: a budget that cannot hold the training
+    is said by ``Plan.fits``. With a sample a whole step is simulated and its peak is in the plan; a budget then chooses
+    what is left open: the share of activations that is kept, the update mode, the rank of recipe "auto".
+
+    Args:
+        device: "cpu" or "cuda", where it is to be trained; the model's by default, "cuda" for one on the meta device.
     """
-    return decide(model, budget, sample, recipe, optimizer, overrides).plan
+    if sample is None:
+        return decide(model, budget, None, recipe, optimizer, overrides).plan
+    return decide_for_sample(
+        model, budget, sample, recipe, optimizer, overrides, keep_logits=keep_logits, device=device
+    ).plan
 
 
 def compile(  # noqa: A001 - the name users know from torch.compile
@@ -49,7 +60,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     Args:
         model: the model, on the device and in the dtype it will train in.
         budget: bytes the training may take, ``"16GB"``, ``"15.5GiB"`` or an int; None for no check.
-        sample: a batch as the model takes it, checked on fake tensors before anything changes.
+        sample: a batch as the model takes it, of the shapes it will be trained with; checked on fake tensors before
+            anything changes. With a budget, a step of it is simulated and the plan is chosen so that its peak fits.
         recipe: ``"auto"``, ``"galore"`` or ``"full"``, or a ``Recipe``.
         optimizer: a ``torch.optim`` class, a ``functools.partial`` of one (``partial(AdamW, lr=1e-3)``), or an
             instance over the model's parameters, which then refuses its own ``step()``.
@@ -66,12 +78,15 @@ def compile(  # noqa: A001 - the name users know from torch.compile
             supported (compiled autograd, CUDA graphs).
         ModelError: no linear layer to project, a sample the model does not accept, a model already compiled.
         OptimizerError: an optimizer over other parameters, or one whose step cannot be lowered.
-        BudgetError: what is kept through the step already exceeds the budget.
+        BudgetError: no plan fits the budget (with a sample), or what is kept through the step already exceeds it.
         All are raised before anything in the model is changed.
     """
-    decisions = decide(model, budget, sample, recipe, optimizer, overrides)
+    if sample is None or budget is None:
+        decisions = decide(model, budget, sample, recipe, optimizer, overrides)
+    else:
+        decisions = decide_for_sample(model, budget, sample, recipe, optimizer, overrides, keep_logits=keep_logits)
     built = build_optimizer(model, decisions, optimizer)
-    compiler = RegionCompiler()
+    compiler = RegionCompiler(activation_budget=decisions.recipe.activation_budget)
     forwards = install(model, decisions.regions, compiler, None if keep_logits else HeadCompiler(), strict=strict)
     model.galore_fx = Compiled(built.optimizer, built.plan, compiler, built.updates, forwards)  # type: ignore[assignment]
     return model

@@ -12,7 +12,7 @@ from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer
 from galore_fx.passes.memory_plan.plan_parameters import plan_parameters
 from galore_fx.passes.model_graph.find_regions import Region, find_regions
 from galore_fx.passes.model_graph.parameter_roles import parameter_roles
-from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
+from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler, Variants
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe, resolve_recipe
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
@@ -38,8 +38,13 @@ def decide(
     recipe: str | Recipe,
     optimizer: OptimizerChoice,
     overrides: dict[str, Any],
+    *,
+    variants: Variants | None = None,
 ) -> Decisions:
-    """Resolves and checks what the user gave; the arguments and errors are those of ``galore_fx.compile``."""
+    """Resolves and checks what the user gave; the arguments and errors are those of ``galore_fx.compile``.
+
+    ``variants`` keeps the compiled steps apart from those of the process, for a simulation.
+    """
     refuse_unsupported_modes()
     resolved = resolve_recipe(recipe, overrides)
     budget_bytes = None if budget is None else parse_bytes(budget)
@@ -54,7 +59,7 @@ def decide(
         raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
     regions = find_regions(model)
     instance = resolve_optimizer(optimizer, model)
-    updates = UpdateCompiler(type(instance), instance.defaults)
+    updates = UpdateCompiler(type(instance), instance.defaults, variants)
     for group in instance.param_groups:
         updates.check(group)
     if sample is not None:

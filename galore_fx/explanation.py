@@ -1,6 +1,5 @@
 """``galore_fx.explain``: what the passes do to a model, found on fake tensors; nothing is computed or changed."""
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,19 +11,20 @@ from torch import fx, nn
 
 from galore_fx.decisions import Decisions, decide
 from galore_fx.errors import ModelError, SettingError
+from galore_fx.fake_model import as_if_real, fake_batch, fake_copy, fake_mode
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
 from galore_fx.optimizer_build import refresh_form
-from galore_fx.optimizer_choice import OptimizerChoice, same_class
+from galore_fx.optimizer_choice import OptimizerChoice, for_a_copy
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.pass_runner import PassRecord
 from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
-from galore_fx.runtime.compatibility import FakeCopyMode, FakeTensorMode, ShapeEnv
+from galore_fx.runtime.compatibility import FakeTensorMode
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.subspace import ProjectedDim
-from galore_fx.sample_check import call_arguments, describe_sample
+from galore_fx.sample_check import describe_sample
 from galore_fx.units import format_bytes
 
 
@@ -93,9 +93,9 @@ def explain(
             raise SettingError(f"the model is compiled; {', '.join(overrides)} cannot be given anew")
         recipe, optimizer = Recipe(**compiled.plan.recipe), compiled.optimizer_choice
     elif isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = same_class(optimizer)
-    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    fake = _fake_copy(model, mode)
+        optimizer = for_a_copy(optimizer)
+    mode = fake_mode()
+    fake = fake_copy(model, mode)
     decisions = decide(fake, None, None, recipe, optimizer, overrides)
     records = _fake_records(decisions, mode)
     regions, head = RegionCompiler(regions={}, finish=_leave), None if keep_logits else HeadCompiler()
@@ -114,17 +114,6 @@ def explain(
     return Explanation(decisions.plan, tuple(graphs), uncompiled)
 
 
-def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A copy in training mode, of the model as it was before any compilation, without a byte of its tensors."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"a {type(model).__name__} is not an nn.Module")
-    with warnings.catch_warnings(), FakeCopyMode(mode):
-        warnings.simplefilter("ignore")  # that the copy of a compiled model is plain is what is wanted
-        fake = copy.deepcopy(model)
-    vars(fake).pop("galore_fx", None)
-    return fake.train()
-
-
 def _fake_records(decisions: Decisions, mode: FakeTensorMode) -> list[ProjectedParameter]:
     weights = {w.name: w.weight for region in decisions.regions for w in region.weights}
     records = []
@@ -141,12 +130,9 @@ def _fake_records(decisions: Decisions, mode: FakeTensorMode) -> list[ProjectedP
 
 
 def _forward(fake: nn.Module, sample: object, mode: FakeTensorMode) -> None:
-    def as_fake(value: Any) -> Any:
-        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-    args, kwargs = call_arguments(sample, as_fake)
+    args, kwargs = fake_batch(sample, mode)
     try:
-        with mode, warnings.catch_warnings():
+        with mode, as_if_real(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fallback is part of the explanation
             fake(*args, **kwargs)
     except Exception as error:

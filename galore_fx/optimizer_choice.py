@@ -52,8 +52,8 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
     return instance
 
 
-def same_class(instance: torch.optim.Optimizer) -> OptimizerChoice:
-    """A class with the instance's defaults, to make another one over other parameters."""
+def for_a_copy(instance: torch.optim.Optimizer) -> OptimizerChoice:
+    """A class with the instance's defaults, to make another one over a copy's parameters."""
     accepted = inspect.signature(type(instance)).parameters
     settings = {key: value for key, value in instance.defaults.items() if key in accepted}
     return functools.partial(type(instance), **settings)

@@ -1,7 +1,7 @@
 """The plan as data: what is done to each parameter, and the bytes that follow from it. No torch in here.
 
-This first plan is a sum of what is kept through the whole step. Activations, the loss and passing workspaces are not
-in it, and it says so: it is a lower bound of the peak, not a prediction.
+With a sample the plan holds the prediction of a simulated step. Without one it is the sum of what is kept through the
+step: activations, the loss and passing workspaces are not in it, and it says so.
 """
 
 import dataclasses
@@ -43,6 +43,26 @@ class ParameterPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a simulated training step takes.
+
+    Attributes:
+        peak_bytes: highest number of bytes alive at once, in a steady or refreshing step or in evaluation.
+        phases: highest number in each phase: load, forward, backward, update, the same of a refreshing step, refresh,
+            eval, save.
+        categories: bytes at the peak by category.
+        timeline: (phase, bytes by category) after each allocation and release of a steady step.
+        uncaptured: blocks that run uncompiled.
+    """
+
+    peak_bytes: int
+    phases: dict[str, int]
+    categories: dict[str, int]
+    timeline: tuple[tuple[str, dict[str, int]], ...]
+    uncaptured: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a compiled model does with memory.
 
@@ -53,6 +73,10 @@ class Plan:
         regions: names of the modules that are compiled as one graph each.
         parameters: one entry per trained parameter.
         fixed_bytes: bytes of frozen parameters and buffers.
+        prediction: what a simulated step takes, None where no sample was given.
+        estimated: whether the prediction is for a device on which it has not been verified.
+        reserve_bytes: kept free for what the simulation cannot see.
+        chosen: settings that the planner has chosen to meet the budget, in words.
     """
 
     recipe: dict[str, Any]
@@ -61,9 +85,25 @@ class Plan:
     regions: tuple[str, ...]
     parameters: tuple[ParameterPlan, ...]
     fixed_bytes: int
+    prediction: Prediction | None = None
+    estimated: bool = False
+    reserve_bytes: int = 0
+    chosen: tuple[str, ...] = ()
 
     @property
     def categories(self) -> dict[str, int]:
+        """Bytes by category at the predicted peak; without a prediction, what is kept through the step."""
+        if self.prediction is None:
+            return self.kept
+        return {**self.prediction.categories, "reserve": self.reserve_bytes}
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Predicted peak of each phase, without the reserve; empty without a prediction."""
+        return {} if self.prediction is None else dict(self.prediction.phases)
+
+    @property
+    def kept(self) -> dict[str, int]:
         """Bytes by category, summed over the parameters; gradients as many as the update mode holds at once."""
         sizes = {name: sum(p.bytes[name] for p in self.parameters) for name in CATEGORIES}
         sizes["weights"] += self.fixed_bytes
@@ -77,19 +117,32 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """A lower bound of the step's peak: everything in ``categories`` at once."""
+        """Predicted peak of a whole step, reserve included; without a prediction a lower bound of it."""
         return sum(self.categories.values())
 
     @property
+    def within_budget(self) -> bool:
+        """Whether ``peak_bytes``, whatever it is worth, is no more than the budget."""
+        return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
+
+    @property
     def fits(self) -> bool | None:
-        """False where even the lower bound exceeds the budget; None (not known) otherwise."""
-        return False if self.budget_bytes is not None and self.peak_bytes > self.budget_bytes else None
+        """Whether the step fits the budget; None where that is not known: no budget, no sample, or only an estimate."""
+        if self.budget_bytes is None:
+            return None
+        if sum(self.kept.values()) > self.budget_bytes:
+            return False
+        return None if self.prediction is None or self.estimated else self.within_budget
 
     def table(self) -> str:
         """The categories as text, with what is not counted named."""
-        rows = [(name, format_bytes(size)) for name, size in self.categories.items()]
-        rows += [(name, "not counted") for name in NOT_COUNTED]
-        rows.append(("kept through the step", format_bytes(self.peak_bytes)))
+        rows = [(name, format_bytes(size)) for name, size in self.categories.items() if size or self.prediction is None]
+        if self.prediction is None:
+            rows += [(name, "not counted") for name in NOT_COUNTED]
+            rows.append(("kept through the step", format_bytes(self.peak_bytes)))
+        else:
+            kind = "estimated" if self.estimated else "predicted"
+            rows.append((f"{kind} peak", format_bytes(self.peak_bytes)))
         if self.budget_bytes is not None:
             rows.append(("budget", format_bytes(self.budget_bytes)))
         num_projected = sum(p.rank is not None for p in self.parameters)
@@ -97,17 +150,23 @@ class Plan:
             f"recipe {self.recipe['name']}, {self.optimizer}, {self.recipe['update']} update: "
             f"{num_projected} of {len(self.parameters)} parameters projected"
         )
-        return f"{title}\n{tabulate(rows, headers=('category', 'bytes'), colalign=('left', 'right'))}"
+        parts = [title, *(f"chosen for the budget: {choice}" for choice in self.chosen)]
+        parts.append(tabulate(rows, headers=("category", "bytes"), colalign=("left", "right")))
+        if self.prediction is not None:
+            phases = [(name, format_bytes(size)) for name, size in self.phases.items()]
+            parts += ["", tabulate(phases, headers=("phase", "peak"), colalign=("left", "right"))]
+        return "\n".join(parts)
 
     def to_json(self) -> str:
         """The plan, and the figures that follow from it, as JSON."""
         figures = {
             "peak_bytes": self.peak_bytes,
-            "peak_is": "lower bound",
+            "peak_is": "lower bound" if self.prediction is None else "estimate" if self.estimated else "prediction",
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
             "categories": self.categories,
-            "not_counted": NOT_COUNTED,
+            "phases": self.phases,
+            "not_counted": () if self.prediction else NOT_COUNTED,
         }
         return json.dumps({**figures, **dataclasses.asdict(self)}, indent=1)
 
@@ -124,7 +183,23 @@ class Plan:
                 ParameterPlan(**{**entry, "shape": tuple(entry["shape"]), "shared_with": tuple(entry["shared_with"])})
                 for entry in data["parameters"]
             )
-            regions, fixed_bytes = tuple(data["regions"]), int(data["fixed_bytes"])
-            return cls(data["recipe"], data["optimizer"], data["budget_bytes"], regions, parameters, fixed_bytes)
+            prediction = data["prediction"]
+            if prediction is not None:
+                timeline = tuple((phase, categories) for phase, categories in prediction["timeline"])
+                prediction = Prediction(
+                    **{**prediction, "timeline": timeline, "uncaptured": tuple(prediction["uncaptured"])}
+                )
+            return cls(
+                data["recipe"],
+                data["optimizer"],
+                data["budget_bytes"],
+                tuple(data["regions"]),
+                parameters,
+                int(data["fixed_bytes"]),
+                prediction,
+                data["estimated"],
+                data["reserve_bytes"],
+                tuple(data["chosen"]),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f"not a plan that galore_fx wrote: {error!r}") from error

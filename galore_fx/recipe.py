@@ -9,6 +9,7 @@ refresh_gap   updates between two refreshes of the same basis
 stagger       spread the refreshes of the layers over the gap
 scale         GaLore's alpha: a fractional learning rate of what is projected
 update        deferred | in-backward
+activation_budget  share of a block's activations that is kept, the rest is recomputed: 1.0 keeps all, 0.0 none
 max_grad_norm clip the gradients before each update; None: no clipping (deferred only)
 """
 
@@ -41,6 +42,8 @@ class Recipe:
         scale: factor of the back-projected update (GaLore's alpha).
         update: all parameters in ``optimizer.step()``, or each inside the backward that completes its gradient.
         max_grad_norm: 2-norm that the gradients are clipped to, or None.
+        activation_budget: AOTAutograd's memory budget for each block, 0 to 1: between what the block's inputs take and
+            what its default partition saves. Peak memory need not fall with it all the way.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Recipe:
     scale: float = 0.25
     update: Update = "deferred"
     max_grad_norm: float | None = None
+    activation_budget: float = 1.0
 
     def rank_in_force(self, shape: tuple[int, int]) -> int:
         """The rank used for a weight of this shape: never above its shorter side."""
@@ -127,6 +131,9 @@ def _check(recipe: Recipe) -> None:
     if not isinstance(recipe.stagger, bool):
         raise SettingError(f"stagger={recipe.stagger!r} must be True or False")
     _check_positive("scale", recipe.scale)
+    share = recipe.activation_budget
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
+        raise SettingError(f"activation_budget={share!r} must be a number from 0 (recompute) to 1 (keep)")
     if recipe.max_grad_norm is not None:
         _check_positive("max_grad_norm", recipe.max_grad_norm)
         if recipe.update == "in-backward":

@@ -19,13 +19,14 @@ from torch import fx
 from torch._dynamo import compiled_autograd as _compiled_autograd
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.exc import TorchDynamoException as DynamoError
+from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx as _compile_fx
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutput
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import profile
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -54,6 +55,7 @@ __all__ = [
     "refuse_unsupported_modes",
     "size_hint",
     "tracing",
+    "tree_leaves",
     "tree_map",
 ]
 
@@ -72,9 +74,16 @@ def backend_settings(model: torch.nn.Module) -> tuple[str | None, dict[str, Any]
     return name, dict(getattr(backend, "kwargs", {}).get("options") or {})
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[object]) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on a torch-level graph; ``inputs`` may be fake."""
-    return _compile_fx.compile_fx(gm, list(inputs))  # type: ignore[return-value, arg-type]
+def compile_graph(gm: fx.GraphModule, inputs: Sequence[object], activation_budget: float = 1.0) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on a torch-level graph.
+
+    Args:
+        gm: the graph.
+        inputs: examples of its inputs, which may be fake.
+        activation_budget: what the partitioner may save, as of ``torch._functorch.config.activation_memory_budget``.
+    """
+    with functorch_config.patch(activation_memory_budget=activation_budget):
+        return _compile_fx.compile_fx(gm, list(inputs))  # type: ignore[return-value, arg-type]
 
 
 def current_tracing_context() -> TracingContext:

@@ -16,6 +16,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,16 @@ from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParamet
 from galore_fx.runtime.refresh_schedule import FixedSchedule
 from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
 from galore_fx.runtime.update_protocol import Updates
+
+# Around each update (with the gradient it consumes) and each refresh: what a memory counter hooks into.
+Observer = Callable[[str, Tensor | None], AbstractContextManager[None]]
+
+
+def _unobserved(_what: str, _grad: Tensor | None) -> AbstractContextManager[None]:
+    return _NOTHING
+
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class SubspaceOptimizer(torch.optim.Optimizer):
@@ -76,6 +87,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._due: set[int] = set()
         self._sketches: dict[int, Tensor] = {}
         self._updated: set[int] = set()
+        self.observe: Observer = _unobserved
         self._settings: dict[int, Any] = {}
         self._versions: dict[int, int] = {}
         self._named: set[str] = set()
@@ -155,6 +167,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for record in self._records.values():
             record.clear()
         self._sketches.clear()
+
+    def request_refresh(self) -> None:
+        """Makes all bases due in the window that is open now, before its first forward."""
+        self._due.update(self._layers)
+        self._set_forms()
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim``: tensors and numbers only; ``galore_fx`` holds the counters and pending refreshes."""
@@ -353,7 +370,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         first = started is not None and float(started) == 0.0
         group = self._groups[id(parameter)]
         settings = self._settings_of(group)
-        self._updates.update(parameter, grad, state, group, settings, record, self._scale, first=first)
+        with self.observe("update", grad):
+            self._updates.update(parameter, grad, state, group, settings, record, self._scale, first=first)
         if started is not None:
             started.fill_(1.0)
 
@@ -370,13 +388,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _renew(self, record: ProjectedParameter, make: Callable[[], Tensor | None]) -> None:
         start = time.perf_counter()
-        basis = make()
-        if basis is None:
-            self.counters.num_failed_refreshes += 1
-        else:
-            record.basis.copy_(basis)
-            self.counters.num_refreshes += 1
-            self._due.discard(id(record.weight))
+        with self.observe("refresh", None):
+            basis = make()
+            if basis is None:
+                self.counters.num_failed_refreshes += 1
+            else:
+                record.basis.copy_(basis)
+                self.counters.num_refreshes += 1
+                self._due.discard(id(record.weight))
         self.refresh_time_s += time.perf_counter() - start
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:

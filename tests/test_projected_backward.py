@@ -31,7 +31,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
         return make_boxed_func(gm.forward)
 
     monkeypatch.setattr(
-        region_compiler, "compile_graph", lambda gm, inputs: compile_fx(gm, list(inputs), inner_compile=keep)
+        region_compiler,
+        "compile_graph",
+        lambda gm, inputs, activation_budget: compile_fx(gm, list(inputs), inner_compile=keep),
     )
     # AOTAutograd answers from its cache on disk without calling anyone, where a graph has been compiled before.
     with functorch_config.patch(enable_autograd_cache=False):

@@ -88,16 +88,26 @@ def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:
 
 
 def check_budget(plan: Plan) -> None:
-    """Raises where what is kept through the step already exceeds the budget.
+    """Raises where the plan exceeds its budget: its predicted peak, or already what is kept through the step.
 
     Raises:
-        BudgetError: says what is kept, in which categories.
+        BudgetError: says what is needed, and what forms it.
     """
-    if plan.fits is False:
-        assert plan.budget_bytes is not None
-        largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.categories.items())
+    if plan.within_budget:
+        return
+    assert plan.budget_bytes is not None
+    if plan.prediction is not None:
+        parts = sorted(plan.categories.items(), key=lambda item: -item[1])
+        formed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts if size)
+        how = f" with {'; '.join(plan.chosen)}" if plan.chosen else ""
         raise BudgetError(
-            f"the budget of {format_bytes(plan.budget_bytes)} cannot hold this training: {largest} are kept through "
-            f"the whole step, {format_bytes(plan.peak_bytes)} before any activation. Lower rank "
-            f"(now {plan.recipe['rank']}), use a lower-precision model (model.bfloat16()), or raise the budget"
+            f"the budget of {format_bytes(plan.budget_bytes)} cannot hold this training. The smallest plan needs "
+            f"{format_bytes(plan.peak_bytes)}{how}: {formed}. Give that budget, a shorter sequence, a smaller batch, a "
+            "lower rank, or a lower-precision model (model.bfloat16())"
         )
+    largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.categories.items())
+    raise BudgetError(
+        f"the budget of {format_bytes(plan.budget_bytes)} cannot hold this training: {largest} are kept through "
+        f"the whole step, {format_bytes(plan.peak_bytes)} before any activation. Lower rank "
+        f"(now {plan.recipe['rank']}), use a lower-precision model (model.bfloat16()), or raise the budget"
+    )

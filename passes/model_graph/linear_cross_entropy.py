@@ -66,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, num_tokens, size):
             part = slice(start, min(start + size, num_tokens))
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
-            # Every step in place: torch.logsumexp would hold a second tensor of the chunk's size, and take its exp twice.
+            # Every step in place: torch.logsumexp would hold a second tensor of this size, and take its exp twice.
             logits -= logits.amax(1, keepdim=True)
             picked = logits.gather(1, safe_target[part, None])
             normaliser = logits.exp_().sum(1, keepdim=True)

@@ -40,11 +40,15 @@ class RegionCompiler:
     Args:
         regions: where captured regions are kept; those of the process by default.
         finish: makes a callable of a graph after all passes; AOTAutograd and Inductor by default.
+        activation_budget: share of the activations that each region keeps, 0 to 1.
     """
 
-    def __init__(self, regions: Regions | None = None, finish: FinishGraph | None = None) -> None:
+    def __init__(
+        self, regions: Regions | None = None, finish: FinishGraph | None = None, *, activation_budget: float = 1.0
+    ) -> None:
         self._regions = _REGIONS if regions is None else regions
-        self._finish = finish or compile_graph
+        self._activation_budget = activation_budget
+        self._finish = finish or functools.partial(compile_graph, activation_budget=activation_budget)
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
         self._weights: dict[CapturedRegion, set[str]] = {}
 
@@ -80,7 +84,8 @@ class RegionCompiler:
             compile_now: compile a variant already, and not when it is first run.
         """
         gm, pass_records = run_passes(copy_graph(gm), example_inputs, [inline_checkpoints, slice_single_indices])
-        key = _graph_identity(gm)
+        identity = _graph_identity(gm)
+        key = None if identity is None else (*identity, self._activation_budget)
         region = self._regions.get(key) if key is not None else None
         if region is None:
             region = CapturedRegion(gm, pass_records, self._finish)

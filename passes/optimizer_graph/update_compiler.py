@@ -35,7 +35,8 @@ _NUM_CACHED_STEPS = 8
 
 # Compiled steps for all models of the process, by class, settings, projected or not; several where the step branches
 # on a hyper-parameter.
-_VARIANTS: dict[object, list["CompiledUpdate"]] = {}
+Variants = dict[object, list["CompiledUpdate"]]
+_VARIANTS: Variants = {}
 # Step counts at which a class is asked for other branches than the one it takes now.
 _PROBED_STEPS = (0.0, 1.0, 10.0, 100.0, 1e4, 1e6)
 _STEP = f"{STATE_PREFIX}step"
@@ -51,10 +52,17 @@ class UpdateCompiler:
         optimizer_class: the same.
         defaults: its instance's ``defaults``: which keys of a param group are its settings. Others, such as a
             scheduler's ``initial_lr`` or a group's name, are nobody's business here.
+        variants: where compiled steps are kept; those of the process by default.
     """
 
-    def __init__(self, optimizer_class: type[torch.optim.Optimizer], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        optimizer_class: type[torch.optim.Optimizer],
+        defaults: Mapping[str, Any],
+        variants: Variants | None = None,
+    ) -> None:
         self.optimizer_class = optimizer_class
+        self._variants = _VARIANTS if variants is None else variants
         self._defaults = defaults
         self._layouts: dict[object, StateLayout] = {}
         self._chosen: dict[object, tuple[CompiledUpdate, int]] = {}
@@ -94,6 +102,14 @@ class UpdateCompiler:
                 lower_to_subspace(traced, projected=True)
         except OptimizerError as error:
             raise OptimizerError(f"{self.optimizer_class.__name__} cannot be lowered: {error}") from error
+
+    def prepare(self, group: Mapping[str, Any]) -> None:
+        """Traces and lowers the steps of a group now; the first update of each kind only compiles."""
+        settings = self.read(group)
+        layout = self.layout(settings, group)
+        values = (*settings.floats.values(), *layout.scalars.values())
+        for projected in (True, False):
+            self._choose(group, settings, layout, values, projected, None in layout.initial.values())
 
     def pass_records(self, group: Mapping[str, Any], *, projected: bool) -> list[PassRecord]:
         """What each pass makes of the step of a parameter, for ``explain``; nothing is compiled."""
@@ -179,7 +195,7 @@ class UpdateCompiler:
     ) -> tuple["CompiledUpdate", int]:
         """The compiled step and its branch that these numbers take, traced now if they are new."""
         names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
-        known = _VARIANTS.setdefault((self.optimizer_class, projected, settings.switches, names), [])
+        known = self._variants.setdefault((self.optimizer_class, projected, settings.switches, names), [])
         for compiled in known:
             branch = compiled.branch_for(values, born)
             if branch is not None:

@@ -1,0 +1,79 @@
+"""Inductor's own plan of a graph, without compiling it: lowered, scheduled, and its wrapper run on fake tensors.
+
+Which buffer is made when, and which is reused or freed, is decided by Inductor's scheduler and its memory planning; the
+Python wrapper that it generates says so line by line. Inside ``lowering_only`` that wrapper is run with kernels that do
+nothing and allocations that are fake. No C++ or Triton is compiled.
+
+Everything here is private to Inductor (torch 2.11 to 2.13) and patched for the duration of the context only.
+"""
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor import cpu_vec_isa
+from torch._inductor.graph import GraphLowering
+
+
+@contextlib.contextmanager
+def lowering_only() -> Iterator[None]:
+    """Within it, what Inductor compiles runs on fake tensors and can run on no others."""
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", _load_on_fakes),
+        # The kernels are never built; asking which vector instructions there are would run the C++ compiler.
+        mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", list),
+        # A hit in a cache would bring back a real kernel, and a fake one must not be left there.
+        inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+    ):
+        yield
+
+
+def _load_on_fakes(graph: GraphLowering) -> types.ModuleType:
+    """In place of ``compile_to_module``: the generated wrapper with fake allocations and without kernels."""
+    code, _ = graph.codegen()
+    source = code.value.replace("from torch._inductor.async_compile import AsyncCompile", "")
+    module = types.ModuleType("galore_fx_wrapper_on_fakes")
+    module.__file__ = "<wrapper>"
+    scope = vars(module)
+    scope.update(graph.constants, AsyncCompile=_NoKernels, **graph.torchbind_constants)
+    exec(compile(source, module.__file__, "exec"), scope)
+    scope.update(
+        empty_strided_cpu=_empty_on("cpu"),
+        empty_strided_cuda=_empty_on("cuda"),
+        reinterpret_tensor=_reinterpret,
+        assert_size_stride=_nothing,
+        assert_alignment=_nothing,
+    )
+    return module
+
+
+class _NoKernels:
+    """Stands for Inductor's ``AsyncCompile``: every kernel it is given becomes one that does nothing."""
+
+    def wait(self, _scope: dict[str, Any]) -> None:
+        return None
+
+    def __getattr__(self, _language: str) -> Callable[..., Any]:
+        return lambda *_source, **_settings: _nothing
+
+
+def _nothing(*_arguments: Any, **_settings: Any) -> None:
+    return None
+
+
+def _empty_on(device: str) -> Callable[..., Tensor]:
+    def empty(size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+    return empty
+
+
+def _reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
+    return tensor.as_strided(size, stride, tensor.storage_offset() + offset)

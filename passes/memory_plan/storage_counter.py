@@ -1,0 +1,138 @@
+"""Counts the storages of fake tensors as they are made and freed, and says what each was for.
+
+A storage lives from the operation that made it until the last tensor on it is gone, which on fake tensors happens at
+the same line of the same Python code as in the real run.
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from galore_fx.runtime.compatibility import FakeTensor, tree_leaves
+
+
+@dataclasses.dataclass
+class Allocation:
+    """One storage.
+
+    Attributes:
+        num_bytes: its size.
+        phase: the phase in which it was made.
+        category: what it is for.
+        made: number of the event that made it.
+        freed: number of the event that freed it, None while it lives.
+    """
+
+    num_bytes: int
+    phase: str
+    category: str
+    made: int
+    freed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """Bytes alive after one event, by category, and the phase it belongs to."""
+
+    phase: str
+    categories: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes alive."""
+        return sum(self.categories.values())
+
+
+class StorageCounter(TorchDispatchMode):
+    """While active, follows every storage that an operation on fake tensors makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocations: list[Allocation] = []
+        self._alive: dict[int, tuple[Any, Allocation]] = {}
+        self._phases: list[str] = []
+        self._phase, self._category = "", ""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles under this mode instead of skipping the frame."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operation and notes the storages of what it returns."""
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, FakeTensor):
+                self._note(value)
+        return out
+
+    @contextlib.contextmanager
+    def within(self, phase: str, category: str) -> Iterator[None]:
+        """What is made inside belongs to this phase and, unless something else claims it, to this category."""
+        before = self._phase, self._category
+        self._phase, self._category = phase, category
+        try:
+            yield
+        finally:
+            self._phase, self._category = before
+
+    @contextlib.contextmanager
+    def category(self, category: str) -> Iterator[None]:
+        """What is made inside belongs to this category, in whichever phase."""
+        with self.within(self._phase, category):
+            yield
+
+    @property
+    def now(self) -> int:
+        """Number of the next event."""
+        return len(self._phases)
+
+    def claim(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Says what tensors are for that were made without knowing."""
+        for tensor in tensors:
+            found = self._alive.get(id(tensor.untyped_storage()))
+            if found is not None:
+                found[1].category = category
+
+    def moments(self, start: int, end: int) -> list[Moment]:
+        """What was alive after each event of a window, of all that was made inside the window."""
+        changes: list[tuple[int, str, int]] = []
+        for allocation in self.allocations:
+            if start <= allocation.made < end:
+                changes.append((allocation.made, allocation.category, allocation.num_bytes))
+                if allocation.freed is not None and allocation.freed < end:
+                    changes.append((allocation.freed, allocation.category, -allocation.num_bytes))
+        alive: dict[str, int] = {}
+        found = []
+        for number, category, num_bytes in sorted(changes):
+            alive[category] = alive.get(category, 0) + num_bytes
+            found.append(Moment(self._phases[number], dict(alive)))
+        return found
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._alive:
+            return
+        allocation = Allocation(storage.nbytes(), self._phase, self._category, self._event())
+        self.allocations.append(allocation)
+        self._alive[key] = weakref.ref(storage, self._freeing(key)), allocation
+
+    def _freeing(self, key: int) -> Callable[[Any], None]:
+        def free(_storage: Any) -> None:
+            found = self._alive.pop(key, None)
+            if found is not None:
+                found[1].freed = self._event()
+
+        return free
+
+    def _event(self) -> int:
+        self._phases.append(self._phase)
+        return len(self._phases) - 1
