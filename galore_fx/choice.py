@@ -58,7 +58,7 @@ def decide_for_sample(
     wanted = decide(model, budget, None if on_meta else sample, recipe, optimizer, overrides)
     candidates = list(_candidates(wanted, overrides)) if wanted.plan.budget_bytes is not None else [Candidate({}, ())]
     device = device or ("cuda" if on_meta else next(model.parameters()).device.type)
-    simulator = StepSimulator(model, sample, keep_logits=keep_logits)
+    simulator = StepSimulator(model, sample, keep_logits=keep_logits, measure_kernels=device == "cpu")
     smallest: Plan | None = None
     with tqdm(candidates, desc="planning", unit="plan", disable=None, leave=False, delay=2) as progress:
         for candidate in progress:

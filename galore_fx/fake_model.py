@@ -9,10 +9,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from galore_fx.errors import ModelError
-from galore_fx.runtime.compatibility import FakeCopyMode, FakeTensor, FakeTensorMode, ShapeEnv
+from galore_fx.runtime.compatibility import FakeCopyMode, FakeTensor, FakeTensorMode, ShapeEnv, TorchDispatchMode
 from galore_fx.sample_check import call_arguments
 
 

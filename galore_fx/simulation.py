@@ -5,8 +5,8 @@
     all that is eager       ->  runs as it is (head and loss, hooks, clipping, refreshes)
     StorageCounter          ->  what lives at each moment, and what it is for
 
-Exact in float32 on a CPU (docs/plan_accuracy.md). What a kernel allocates inside itself is not seen: oneDNN's scratch
-for bfloat16 products, attention kernels' workspaces.
+Exact in float32 on a CPU (docs/plan_accuracy.md). What library kernels allocate inside themselves (oneDNN's scratch for
+bfloat16 products, attention's workspaces) is measured where the training is to run on this machine's CPU, else unknown.
 
 Source: the method of torch.distributed._tools.MemTracker (storages followed through a dispatch mode), applied to the
 code that Inductor generates.
@@ -27,7 +27,8 @@ from galore_fx.fake_model import as_if_real, fake_batch, fake_copy, fake_mode
 from galore_fx.installation import install
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.passes.memory_plan.fake_inductor import lowering_only
-from galore_fx.passes.memory_plan.storage_counter import Moment, StorageCounter
+from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
+from galore_fx.passes.memory_plan.storage_counter import Moment, Scratch, StorageCounter
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
@@ -45,9 +46,11 @@ class StepSimulator:
         model: a plain or compiled model; it is not touched.
         sample: a batch as the model takes it, of the shapes it will be trained with.
         keep_logits: as of ``compile``.
+        measure_kernels: count what library kernels of this machine's CPU allocate inside themselves, by running them.
     """
 
-    def __init__(self, model: nn.Module, sample: object, *, keep_logits: bool) -> None:
+    def __init__(self, model: nn.Module, sample: object, *, keep_logits: bool, measure_kernels: bool) -> None:
+        self._scratch = kernel_scratch_bytes if measure_kernels else None
         self._model, self._sample, self._keep_logits = model, sample, keep_logits
         self._mode = fake_mode()
         self._regions: Regions = {}
@@ -71,7 +74,7 @@ class StepSimulator:
         try:
             with self._mode, lowering_only(), as_if_real(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _play(fake, args, kwargs, decisions, compiler, self._keep_logits)
+                return _play(fake, args, kwargs, decisions, compiler, self._keep_logits, self._scratch)
         except Exception as error:
             raise ModelError(
                 f"a training step of {type(self._model).__name__} could not be played on fake tensors with the sample "
@@ -86,8 +89,9 @@ def _play(
     decisions: Decisions,
     compiler: RegionCompiler,
     keep_logits: bool,
+    scratch: Scratch | None,
 ) -> Prediction:
-    counter = StorageCounter()
+    counter = StorageCounter(scratch)
     endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9)  # refreshes come when they are asked for
     optimizer = build_optimizer(fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer).optimizer
     optimizer.observe = _observer(counter)
@@ -98,6 +102,7 @@ def _play(
         return _step(fake, args, kwargs, optimizer, counter)
 
     with counter:
+        counter.learn_sums()
         for _ in range(3):  # all forms of the graphs are met: the first two updates refresh, the third does not
             step()
         optimizer.request_refresh()

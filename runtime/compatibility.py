@@ -26,6 +26,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException as DataDe
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as outside_all_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -42,6 +44,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "ShapeEnv",
+    "TorchDispatchMode",
     "WeakTensorKeyDictionary",
     "attention_with_linear",
     "backend_settings",
@@ -51,9 +54,12 @@ __all__ = [
     "dispatch_compiler",
     "memory_events",
     "optimizer_internals",
+    "outside_all_modes",
     "quiet_profiler",
     "refuse_unsupported_modes",
     "size_hint",
+    "storage_use_count",
+    "tensor_use_count",
     "tracing",
     "tree_leaves",
     "tree_map",
@@ -126,6 +132,16 @@ def _dynamo_settings(**settings: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def tensor_use_count(tensor: torch.Tensor) -> int:
+    """References to a tensor in C++."""
+    return int(tensor._use_count())  # type: ignore[attr-defined]
+
+
+def storage_use_count(tensor: torch.Tensor) -> int:
+    """References to a tensor's storage in C++."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def size_hint(size: int | torch.SymInt) -> int:

@@ -60,9 +60,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if reduction == "mean":
             factor /= num_counting.clamp_min(1)
         safe_target = torch.where(counts, target, 0)
-        sums = _GradientSums(ctx.needs_input_grad, hidden, weight, bias)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = max(1, min(num_tokens, CHUNK_BYTES // (4 * vocabulary)))
+        sums = _GradientSums(ctx.needs_input_grad, hidden, weight, bias, single=size == num_tokens)
         for start in range(0, num_tokens, size):
             part = slice(start, min(start + size, num_tokens))
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
@@ -97,14 +97,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _GradientSums:
-    """Gradients of X, W and b, filled chunk by chunk; those of W and b are added up in float32."""
+    """Gradients of X, W and b, filled chunk by chunk; those of W and b are added up in float32 if there are several."""
 
-    def __init__(self, needs: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, needs: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, *, single: bool
+    ) -> None:
         self.wanted = any(needs[:3])
         self.dtype = weight.dtype
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         make = torch.empty_like if hidden.shape[0] else torch.zeros_like
-        self.weight = make(weight, dtype=torch.float32) if needs[1] else None
+        self.weight = make(weight, dtype=weight.dtype if single else torch.float32) if needs[1] else None
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
 
     def add(self, part: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
@@ -113,11 +115,11 @@ class _GradientSums:
             torch.mm(grad_logits, weight, out=self.hidden[part])
         if self.weight is not None:
             beta = 0.0 if part.start == 0 else 1.0  # beta 0 overwrites: the buffer starts uninitialised
-            if self.dtype is torch.float32:
+            if self.weight.dtype is grad_logits.dtype:
                 self.weight.addmm_(grad_logits.T, hidden, beta=beta)
             else:
                 self.weight.mul_(beta) if beta else self.weight.zero_()
-                self.weight += grad_logits.T @ hidden
+                self.weight += (grad_logits.T @ hidden).float()
         if self.bias is not None:
             self.bias += grad_logits.sum(0, dtype=torch.float32)
 

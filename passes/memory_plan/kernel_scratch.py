@@ -1,0 +1,77 @@
+"""What library kernels allocate inside themselves, measured once per operation, shapes and dtypes on this machine.
+
+A fake run sees a product's output and not the workspace that oneDNN takes for it in bfloat16, nor that of an attention
+kernel, nor the casts inside an elementwise operation of mixed dtypes. Each such operation is run once on real zeros of
+the same layout, its allocations counted, and the result kept for the process.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_fx.runtime.compatibility import outside_all_modes, tree_map
+from galore_fx.runtime.meter import memory_timeline
+
+# Operands above this are not made to measure; such a kernel's scratch is then unknown and counts as none.
+LARGEST_OPERANDS_BYTES = 2**30
+_OPERATIONS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::addmm_",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    "aten::convolution",
+    "aten::convolution_backward",
+)
+_MEASURED: dict[object, int] = {}
+
+
+def kernel_scratch_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Bytes that an operation on the CPU allocates at most at once, besides its outputs.
+
+    Args:
+        func: an ``OpOverload``.
+        args, kwargs: its arguments; tensors may be fake, only their layout counts.
+
+    Returns:
+        0 for an operation that is neither a library kernel nor mixes dtypes, or is too large to be tried.
+    """
+    if func.name().partition(".")[0] not in _OPERATIONS and not _mixes_dtypes(func, args):
+        return 0
+    described: list[object] = []
+
+    def describe(value: Any) -> Any:
+        described.append((value.shape, value.stride(), value.dtype) if isinstance(value, Tensor) else value)
+        return value
+
+    tree_map(describe, (list(args), dict(kwargs)))
+    key = (func, *described)
+    if key not in _MEASURED:
+        sizes = [torch.Size(entry[0]).numel() * entry[2].itemsize for entry in described if isinstance(entry, tuple)]
+        _MEASURED[key] = 0 if sum(sizes) > LARGEST_OPERANDS_BYTES else _measure(func, args, kwargs)
+    return _MEASURED[key]
+
+
+def _mixes_dtypes(func: Any, args: Sequence[Any]) -> bool:
+    """An elementwise operation casts operands of another dtype into temporaries."""
+    if torch.Tag.pointwise not in getattr(func, "tags", ()):
+        return False
+    return len({value.dtype for value in args if isinstance(value, Tensor) and value.ndim}) > 1
+
+
+def _measure(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu").zero_()
+
+    with outside_all_modes(), torch.no_grad():
+        real_args, real_kwargs = tree_map(real, list(args)), tree_map(real, dict(kwargs))
+        func(*real_args, **real_kwargs)  # what is allocated once and kept is not scratch
+        outputs: list[Any] = []
+        timeline = memory_timeline(lambda: outputs.append(func(*real_args, **real_kwargs)))
+    return max(live for _, live in timeline) - timeline[-1][1]
