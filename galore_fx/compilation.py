@@ -14,6 +14,7 @@ from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.plan_record import Plan
+from galore_fx.planned_batch import PlannedBatch
 from galore_fx.recipe import Recipe
 
 
@@ -87,6 +88,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         decisions = decide_for_sample(model, budget, sample, recipe, optimizer, overrides, keep_logits=keep_logits)
     built = build_optimizer(model, decisions, optimizer)
     compiler = RegionCompiler(activation_budget=decisions.recipe.activation_budget)
-    forwards = install(model, decisions.regions, compiler, None if keep_logits else HeadCompiler(), strict=strict)
+    head = None if keep_logits else HeadCompiler()
+    planned = None if sample is None or budget is None else PlannedBatch(sample)
+    forwards = install(model, decisions.regions, compiler, head, strict=strict, planned=planned)
     model.galore_fx = Compiled(built.optimizer, built.plan, compiler, built.updates, forwards)  # type: ignore[assignment]
     return model

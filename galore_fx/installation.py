@@ -8,6 +8,7 @@ from torch import nn
 from galore_fx.passes.model_graph.find_regions import Region, find_stems
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
+from galore_fx.planned_batch import PlannedBatch
 from galore_fx.runtime.compatibility import dispatch_compiler
 from galore_fx.runtime.dispatch import (
     CompiledForward,
@@ -28,6 +29,7 @@ def install(
     head: HeadCompiler | None,
     *,
     strict: bool,
+    planned: PlannedBatch | None = None,
 ) -> list[CompiledForward]:
     """Puts the dispatchers in place: one compiled function per forward function, shared by the layers that use it.
 
@@ -37,6 +39,7 @@ def install(
         compiler: compiles their graphs.
         head: rewrites head and loss, None to leave them.
         strict: a block that cannot be captured is an error.
+        planned: the batch that training calls are held to, None for any.
 
     Returns:
         The blocks' new forwards.
@@ -60,7 +63,7 @@ def install(
         training = dispatch_compiler(
             own_code_object(type(model).forward), head, recompile_limit=_RECOMPILE_LIMIT, whole=False
         )
-    model.forward = TrainingForward(model, model.forward, training)
+    model.forward = TrainingForward(model, model.forward, training, planned)
     return forwards
 
 

@@ -148,12 +148,18 @@ class TrainingForward(_StandIn):
         module: the model.
         original: its forward.
         training: what runs in training in its place, with the module as first argument; None for the original.
+        check: called with the arguments of each training call before it runs; raises what it refuses.
     """
 
     def __init__(
-        self, module: nn.Module, original: Callable[..., Any], training: Callable[..., Any] | None = None
+        self,
+        module: nn.Module,
+        original: Callable[..., Any],
+        training: Callable[..., Any] | None = None,
+        check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     ) -> None:
         super().__init__(module)
+        self.check = check
         self.original = original
         self.training = training
 
@@ -162,6 +168,8 @@ class TrainingForward(_StandIn):
         if not (self.module.training and torch.is_grad_enabled()):
             return self.original(*args, **kwargs)
         refuse_unsupported_modes()
+        if self.check is not None:
+            self.check(args, kwargs)
         if kwargs.get("use_cache"):
             warnings.warn("use_cache=True is ignored in training: no key-value cache is kept", stacklevel=2)
             kwargs = {**kwargs, "use_cache": False}

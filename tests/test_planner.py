@@ -113,6 +113,19 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
     assert galore_fx.plan(model, "700KB", sample=SAMPLE, optimizer=adamw(), rank=8).fits is False
 
 
+def test_a_larger_batch_than_planned_is_refused_and_a_smaller_one_trains():
+    model = galore_fx.compile(small(1), "1GB", sample=SAMPLE, optimizer=adamw())
+    smaller = IDS[:2, :16]
+    model(input_ids=smaller, labels=smaller).loss.backward()
+    longer = batches(1, 4, 49)[0]
+    with pytest.raises(galore_fx.UsageError, match=r"input_ids of shape \(4, 49\) was \(8, 48\) in the sample"):
+        model(input_ids=longer, labels=longer)
+    with pytest.raises(galore_fx.UsageError, match="attention_mask of shape .* not in the sample"):
+        model(input_ids=smaller, labels=smaller, attention_mask=torch.ones_like(smaller))
+    with torch.no_grad():
+        assert model(input_ids=longer).logits.shape[1] == 49, "evaluation is not held to it"
+
+
 def test_a_plan_survives_json_and_is_shown():
     plan = galore_fx.plan(small(1), "1GB", sample=SAMPLE, optimizer=adamw())
     assert galore_fx.Plan.from_json(plan.to_json()) == plan

@@ -53,7 +53,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     body, prefix = _body(gm, node), node.args[0].target  # type: ignore[union-attr]
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(placeholders, node.args[1:], strict=True))
-    number = f"galore_fx_{next(_NUMBERS)}"
+    number = next(_NUMBERS)  # the partitioner compares them: what a later checkpoint reads of an earlier one is saved
     with gm.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op in ("placeholder", "output"):
