@@ -159,8 +159,8 @@ def _model_of(trained: Sequence[nn.Parameter], options: dict[str, Any] | None) -
     known = next((_MODELS[p] for p in trained if p in _MODELS), None)
     if known is None:
         known = _BackendModel(options)
-    if known.options is None:
-        known.options = options
+    if options is not None and not known.is_built:
+        known.options = options  # nothing has been made of the earlier ones
     elif options is not None and options != known.options:
         raise SettingError(
             f"the model was given options={known.options} before and options={options} now; "

@@ -13,12 +13,13 @@ from torch import nn
 from tqdm import tqdm
 
 from galore_fx.decisions import Decisions, decide
+from galore_fx.errors import SettingError
 from galore_fx.optimizer_choice import OptimizerChoice, for_a_copy
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe
 from galore_fx.simulation import StepSimulator
 
-ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
+ACTIVATION_BUDGETS = (0.5, 0.2, 0.0)
 RANK_FACTORS = (1.0, 0.5, 0.25)
 # On CUDA, until a GPU has verified the simulation: context and libraries, and a share for fragmentation and workspaces.
 CUDA_CONTEXT_BYTES = 600 * 2**20
@@ -47,6 +48,7 @@ def decide_for_sample(
     overrides: dict[str, Any],
     *,
     keep_logits: bool,
+    micro_batches: int = 1,
     device: str | None = None,
 ) -> Decisions:
     """The decisions for a model and a batch, with the predicted peak in the plan.
@@ -56,9 +58,16 @@ def decide_for_sample(
     """
     on_meta = next(model.parameters()).device.type == "meta" if isinstance(model, nn.Module) else False
     wanted = decide(model, budget, None if on_meta else sample, recipe, optimizer, overrides)
-    candidates = list(_candidates(wanted, overrides)) if wanted.plan.budget_bytes is not None else [Candidate({}, ())]
+    given = overrides if isinstance(recipe, str) else dataclasses.asdict(wanted.recipe)  # a Recipe is meant as it is
+    if micro_batches > 1:
+        if wanted.recipe.update == "in-backward":
+            raise SettingError(f"micro_batches={micro_batches} accumulate gradients, which update='in-backward' cannot")
+        given = {**given, "update": "deferred"}
+    candidates = list(_candidates(wanted, given)) if wanted.plan.budget_bytes is not None else [Candidate({}, ())]
     device = device or ("cuda" if on_meta else next(model.parameters()).device.type)
-    simulator = StepSimulator(model, sample, keep_logits=keep_logits, measure_kernels=device == "cpu")
+    simulator = StepSimulator(
+        model, sample, keep_logits=keep_logits, micro_batches=micro_batches, measure_kernels=device == "cpu"
+    )
     smallest: Plan | None = None
     with tqdm(candidates, desc="planning", unit="plan", disable=None, leave=False, delay=2) as progress:
         for candidate in progress:
@@ -94,7 +103,8 @@ def _candidates(wanted: Decisions, overrides: dict[str, Any]) -> Iterator[Candid
     recipe = wanted.recipe
     rank_is_open = "rank" not in overrides and recipe.projects and recipe.name == "auto"
     update_is_open = "update" not in overrides and recipe.update == "deferred" and recipe.max_grad_norm is None
-    budgets = ACTIVATION_BUDGETS if "activation_budget" not in overrides else (recipe.activation_budget,)
+    lower = () if "activation_budget" in overrides else ACTIVATION_BUDGETS
+    budgets = (recipe.activation_budget, *(share for share in lower if share < recipe.activation_budget))
     for factor in RANK_FACTORS if rank_is_open else (1.0,):
         for update in (recipe.update, "in-backward") if update_is_open else (recipe.update,):
             for share in budgets:

@@ -26,6 +26,7 @@ def plan(
     recipe: str | Recipe = "auto",
     optimizer: OptimizerChoice = torch.optim.AdamW,
     keep_logits: bool = False,
+    micro_batches: int = 1,
     device: str | None = None,
     **overrides: Any,
 ) -> Plan:
@@ -40,9 +41,18 @@ def plan(
     """
     if sample is None:
         return decide(model, budget, None, recipe, optimizer, overrides).plan
-    return decide_for_sample(
-        model, budget, sample, recipe, optimizer, overrides, keep_logits=keep_logits, device=device
-    ).plan
+    decisions = decide_for_sample(
+        model,
+        budget,
+        sample,
+        recipe,
+        optimizer,
+        overrides,
+        keep_logits=keep_logits,
+        micro_batches=micro_batches,
+        device=device,
+    )
+    return decisions.plan
 
 
 def compile(  # noqa: A001 - the name users know from torch.compile
@@ -53,6 +63,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     recipe: str | Recipe = "auto",
     optimizer: OptimizerChoice = torch.optim.AdamW,
     keep_logits: bool = False,
+    micro_batches: int = 1,
     strict: bool = False,
     **overrides: Any,
 ) -> nn.Module:
@@ -68,6 +79,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
             instance over the model's parameters, which then refuses its own ``step()``.
         keep_logits: return ``outputs.logits`` in training too. Without it they are None where the model computes its
             loss from them by plain cross-entropy: the logits then never exist as a whole.
+        micro_batches: backwards per ``step()`` that the budget is planned for; gradients live through the next one.
         strict: raise where a block cannot be captured as one graph, instead of training it uncompiled with a warning.
         **overrides: parts of the recipe: ``rank=128``, ``refresh_gap=200``, ``update="in-backward"``, ...
 
@@ -85,7 +97,9 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     if sample is None or budget is None:
         decisions = decide(model, budget, sample, recipe, optimizer, overrides)
     else:
-        decisions = decide_for_sample(model, budget, sample, recipe, optimizer, overrides, keep_logits=keep_logits)
+        decisions = decide_for_sample(
+            model, budget, sample, recipe, optimizer, overrides, keep_logits=keep_logits, micro_batches=micro_batches
+        )
     built = build_optimizer(model, decisions, optimizer)
     compiler = RegionCompiler(activation_budget=decisions.recipe.activation_budget)
     head = None if keep_logits else HeadCompiler()

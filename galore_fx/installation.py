@@ -20,6 +20,9 @@ from galore_fx.runtime.dispatch import (
 
 # Forms of one region's graph before it counts as a defect: shapes, masks and modes of a batch, not layers.
 _RECOMPILE_LIMIT = 64
+# After the break at the opaque part Dynamo compiles the code of the model's class, which all its models share: one
+# entry for each of them, and for each step that the planner simulates.
+_HEAD_RECOMPILE_LIMIT = 10**6
 
 
 def install(
@@ -57,22 +60,28 @@ def install(
         module.forward = forwards[-1]
     training = None
     stems = find_stems(model, regions)
-    if stems and "forward" not in vars(model) and head is not None:
+    if stems and not _has_own_forward(model) and head is not None:
         for stem in stems:
             stem.forward = OpaqueForward(stem, stem.forward)
         training = dispatch_compiler(
-            own_code_object(type(model).forward), head, recompile_limit=_RECOMPILE_LIMIT, whole=False
+            own_code_object(type(model).forward), head, recompile_limit=_HEAD_RECOMPILE_LIMIT, whole=False
         )
     model.forward = TrainingForward(model, model.forward, training, planned)
     return forwards
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a forward was set on the instance; a copy of a compiled model has its class's own there."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def _forward_function(module: nn.Module) -> Callable[..., Any]:
     """What a call of the module runs, taking the module first: its class's forward, or one set on the instance."""
-    own = vars(module).get("forward")
-    if own is None:
+    if not _has_own_forward(module):
         function: Callable[..., Any] = type(module).forward
         return function
+    own = vars(module)["forward"]
 
     def forward(_module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return own(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Plays training steps on fake tensors and counts every byte of them, before a byte is allocated.
+"""Plays training steps on fake tensors and counts every byte of them, before any of them is allocated.
 
     fake copy of the model  ->  the same decisions, dispatchers, optimizer and hooks as ``compile`` installs
     block graphs            ->  Inductor's own wrappers, run without kernels (fake_inductor.py)
@@ -28,7 +28,7 @@ from galore_fx.installation import install
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.passes.memory_plan.fake_inductor import lowering_only
 from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
-from galore_fx.passes.memory_plan.storage_counter import Moment, Scratch, StorageCounter
+from galore_fx.passes.memory_plan.storage_counter import Moment, StorageCounter
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
@@ -43,15 +43,19 @@ class StepSimulator:
     """Predicts steps of one model on one batch; what has been lowered for one prediction serves the next.
 
     Args:
-        model: a plain or compiled model; it is not touched.
+        model: a plain model; it is not touched.
         sample: a batch as the model takes it, of the shapes it will be trained with.
         keep_logits: as of ``compile``.
+        micro_batches: how many of these batches a step accumulates.
         measure_kernels: count what library kernels of this machine's CPU allocate inside themselves, by running them.
     """
 
-    def __init__(self, model: nn.Module, sample: object, *, keep_logits: bool, measure_kernels: bool) -> None:
-        self._scratch = kernel_scratch_bytes if measure_kernels else None
-        self._model, self._sample, self._keep_logits = model, sample, keep_logits
+    def __init__(
+        self, model: nn.Module, sample: object, *, keep_logits: bool, micro_batches: int, measure_kernels: bool
+    ) -> None:
+        self.scratch = kernel_scratch_bytes if measure_kernels else None
+        self.num_passes = min(micro_batches, 2)  # the third is as the second
+        self._model, self._sample, self.keep_logits = model, sample, keep_logits
         self._mode = fake_mode()
         self._regions: Regions = {}
         self._variants: Variants = {}
@@ -74,7 +78,7 @@ class StepSimulator:
         try:
             with self._mode, lowering_only(), as_if_real(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _play(fake, args, kwargs, decisions, compiler, self._keep_logits, self._scratch)
+                return _play(fake, args, kwargs, decisions, compiler, self)
         except Exception as error:
             raise ModelError(
                 f"a training step of {type(self._model).__name__} could not be played on fake tensors with the sample "
@@ -88,18 +92,17 @@ def _play(
     kwargs: dict[str, Any],
     decisions: Decisions,
     compiler: RegionCompiler,
-    keep_logits: bool,
-    scratch: Scratch | None,
+    settings: StepSimulator,
 ) -> Prediction:
-    counter = StorageCounter(scratch)
+    counter = StorageCounter(settings.scratch)
     endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9)  # refreshes come when they are asked for
     optimizer = build_optimizer(fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer).optimizer
     optimizer.observe = _observer(counter)
-    head = None if keep_logits else _CountedHead(counter)
+    head = None if settings.keep_logits else _CountedHead(counter)
     forwards = install(fake, decisions.regions, compiler, head, strict=False)
 
     def step() -> tuple[int, int]:
-        return _step(fake, args, kwargs, optimizer, counter)
+        return _step(fake, args, kwargs, optimizer, counter, settings.num_passes)
 
     with counter:
         counter.learn_sums()
@@ -120,17 +123,19 @@ def _step(
     kwargs: dict[str, Any],
     optimizer: SubspaceOptimizer,
     counter: StorageCounter,
+    num_passes: int,
 ) -> tuple[int, int]:
     """One step; the numbers of its first and of its last event."""
     start = counter.now
-    with counter.within("forward", "activations"):
-        loss = _loss_of(fake(*args, **kwargs))
-    with counter.within("backward", "workspace"):
-        loss.backward()
-        del loss
-    gradients = [record.leaf.grad for record in optimizer.records] + [p.grad for p in fake.parameters()]
-    counter.claim([grad for grad in gradients if grad is not None], "gradients")
-    del gradients
+    for _ in range(num_passes):
+        with counter.within("forward", "activations"):
+            loss = _loss_of(fake(*args, **kwargs))
+        with counter.within("backward", "workspace"):
+            loss.backward()
+            del loss
+        gradients = [record.leaf.grad for record in optimizer.records] + [p.grad for p in fake.parameters()]
+        counter.claim([grad for grad in gradients if grad is not None], "gradients")
+        del gradients
     with counter.within("update", "workspace"):
         optimizer.step()
     return start, counter.now

@@ -52,6 +52,7 @@ __all__ = [
     "condition_of",
     "current_tracing_context",
     "dispatch_compiler",
+    "in_backward",
     "memory_events",
     "optimizer_internals",
     "outside_all_modes",
@@ -110,7 +111,8 @@ def dispatch_compiler(
     compiled = torch.compile(function, backend=backend, fullgraph=whole)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with _dynamo_settings(recompile_limit=recompile_limit, ignore_logging_functions=_logged_once()):
+        limits = {"recompile_limit": recompile_limit, "accumulated_recompile_limit": max(256, recompile_limit)}
+        with _dynamo_settings(**limits, ignore_logging_functions=_logged_once()):
             return compiled(*args, **kwargs)
 
     return call
@@ -132,6 +134,11 @@ def _dynamo_settings(**settings: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine is running on this thread, as it is when a checkpoint recomputes."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def tensor_use_count(tensor: torch.Tensor) -> int:

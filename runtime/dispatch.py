@@ -4,8 +4,8 @@
     that cannot be captured; eval with grad  ->  the eager form: the original forward with projected linears
     no_grad, inference_mode, generate()     ->  the original forward
 
-Each model has its own code objects, since Dynamo keeps its variants per code object and would otherwise run out of
-them when several models share the class of a layer.
+Each model's blocks have their own code objects, since Dynamo keeps its variants per code object and would otherwise run
+out of them when several models share the class of a layer.
 """
 
 import inspect
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from galore_fx.errors import CaptureError
-from galore_fx.runtime.compatibility import DynamoError, refuse_unsupported_modes
+from galore_fx.runtime.compatibility import DynamoError, in_backward, refuse_unsupported_modes
 from galore_fx.runtime.eager_form import run_eager
 
 _NUMBERS = itertools.count()
@@ -123,15 +123,21 @@ class CompiledForward(_StandIn):
         self.name = name
         self.original = original
         self.function = function
+        self._ran_without_grad = False
 
     # Opaque to an outer torch.compile, which would otherwise look into it and lose the projected gradients.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Dispatches one call."""
+        recomputes = in_backward()
         if not torch.is_grad_enabled():
+            self._ran_without_grad = self.module.training
             return self.original(*args, **kwargs)
-        if not self.module.training:
+        # A reentrant checkpoint runs its forward without grad: the recomputation must draw the same dropout.
+        if not self.module.training or (recomputes and self._ran_without_grad):
             return run_eager(self.module, self.original, *args, **kwargs)
+        if not recomputes:
+            self._ran_without_grad = False
         return self.function(self.name, self.module, self._eager, *args, **kwargs)
 
     def _eager(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -178,12 +184,15 @@ class TrainingForward(_StandIn):
                 try:
                     return self.training(self.module, *args, **kwargs)
                 except DynamoError as error:
+                    # The model's own error, if it has one, is raised here and is no reason to give up.
+                    result = self.original(*args, **kwargs)
                     self.training = None
                     warnings.warn(
                         f"head and loss of the {type(self.module).__name__} could not be captured: {_reason(error)}. "
                         "They run as they are; logits are formed as a whole",
                         stacklevel=2,
                     )
+                    return result
             return self.original(*args, **kwargs)
 
 

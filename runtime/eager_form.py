@@ -90,14 +90,14 @@ def _linear(func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tenso
     return func(input, weight, bias) if found is None else _product(found[0], not found[1], input, bias)
 
 
-def _matmul(func: Callable[..., Any], x: Tensor, other: Tensor, **settings: Any) -> Any:
-    found = None if settings else _record_of(other)
-    return func(x, other, **settings) if found is None else _product(found[0], found[1], x, None)
+def _matmul(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    found = _record_of(args[1]) if len(args) == 2 and not kwargs else None
+    return func(*args, **kwargs) if found is None else _product(found[0], found[1], args[0], None)
 
 
-def _addmm(func: Callable[..., Any], bias: Tensor, x: Tensor, other: Tensor, **settings: Any) -> Any:
-    found = None if settings else _record_of(other)
-    return func(bias, x, other, **settings) if found is None else _product(found[0], found[1], x, bias)
+def _addmm(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    found = _record_of(args[2]) if len(args) == 3 and not kwargs else None
+    return func(*args, **kwargs) if found is None else _product(found[0], found[1], args[1], args[0])
 
 
 def _attention(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

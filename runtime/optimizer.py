@@ -274,8 +274,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if record.form is not GradientForm.FULL and record.name not in self._named:
             self._named.add(record.name)
             warnings.warn(
-                f"the full gradient of {record.name} was formed, and then projected: its block ran uncompiled "
-                "(in eval mode with grad enabled, or its weight is used outside it). Right, but slow and large",
+                f"the full gradient of {record.name} was formed, and then projected: the weight is read by something "
+                "that is no linear layer, or outside its block. Right, but slow and large",
                 stacklevel=2,
             )
         projected = project(grad, record.basis, record.dim)
@@ -341,9 +341,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return  # the other form was delivered; autograd calls the hook all the same
         if id(parameter) in self._updated:
             raise UsageError(
-                "a second backward before optimizer.step(): update='in-backward' has consumed the gradients of "
-                "the first and cannot add to them. Call model.galore_fx.optimizer.step() after each backward, "
-                "or compile with update='deferred' to accumulate gradients"
+                "a second gradient of one parameter before optimizer.step(), of a second backward or of a use of the "
+                "weight outside its block: update='in-backward' has consumed the first and cannot add to it. Call "
+                "model.galore_fx.optimizer.step() after each backward, or compile with update='deferred' to accumulate "
+                "gradients"
             )
         record = self._records.get(id(parameter))
         with torch.no_grad():
@@ -364,12 +365,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # One parameter.
 
     def _update(self, parameter: nn.Parameter, grad: Tensor) -> None:
+        group = self._groups[id(parameter)]
+        settings = self._settings_of(group)  # may add a state that the settings have come to need
         state = self.state[parameter]
         record = self._records.get(id(parameter))
         started = state.get("started")
         first = started is not None and float(started) == 0.0
-        group = self._groups[id(parameter)]
-        settings = self._settings_of(group)
         with self.observe("update", grad):
             self._updates.update(parameter, grad, state, group, settings, record, self._scale, first=first)
         if started is not None:
@@ -378,7 +379,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _settings_of(self, group: dict[str, Any]) -> Any:
         """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""
         if id(group) not in self._settings:
-            self._settings[id(group)] = self._updates.read(group)
+            settings = self._settings[id(group)] = self._updates.read(group)
+            wanted = self._updates.layout(settings, group).initial.keys()
+            for parameter in group["params"]:
+                missing = wanted - self.state[parameter].keys()
+                if missing:  # a setting has left zero that brings a state with it, as SGD's momentum does
+                    new = self._new_state(parameter)
+                    self.state[parameter].update({name: new[name] for name in (*missing, "started") if name in new})
         return self._settings[id(group)]
 
     def _apply_sketch(self, record: ProjectedParameter) -> None:

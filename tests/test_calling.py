@@ -10,6 +10,7 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import galore_fx
+from galore_fx.passes.model_graph.linear_cross_entropy import linear_cross_entropy
 from galore_fx.runtime.meter import count_memory
 from tests.models import adamw, assert_gradients_equal, backward, batches, llama
 
@@ -376,3 +377,67 @@ def test_unsupported_modes_are_refused_by_name(switch):
             galore_fx.compile(Blocks(), rank=4)
         with pytest.raises(galore_fx.SettingError, match=match):
             model(torch.ones(6, 24))
+
+
+def test_linears_without_anything_between_them():
+    block = lambda: nn.Sequential(nn.Linear(24, 8, bias=False), nn.Linear(8, 24), nn.Linear(24, 24))  # noqa: E731
+    for recipe in ("auto", "galore"):
+        model, reference = pair(Blocks(block), recipe=recipe)
+        for x in torch.randn(2, 6, 24):
+            for each in (model, reference):
+                each(x).backward()
+            model.galore_fx.optimizer._collect()
+            assert_gradients_equal(model, reference)
+            step_both(model, reference)
+
+
+def test_a_reentrant_checkpoint_recomputes_the_same_dropout():
+    call = lambda block, x: checkpoint(block, x, use_reentrant=True)  # noqa: E731
+    block = lambda: nn.Sequential(nn.Linear(24, 40), nn.Dropout(0.5), nn.Linear(40, 24))  # noqa: E731
+    model, reference = pair(Blocks(block, call=call))
+    assert_same(model, reference, lambda each: each(torch.ones(6, 24, requires_grad=True)))
+
+
+def test_products_with_keywords_in_an_uncompiled_block():
+    class Keywords(Broken):
+        def forward(self, x):
+            torch._dynamo.graph_break()
+            hidden = torch.mm(x, mat2=self.first.weight.T)
+            return torch.addmm(input=self.second.bias, mat1=hidden, mat2=self.second.weight.T)
+
+    model, reference = pair(Blocks(Keywords, count=1), strict=False)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        for each in (model, reference):
+            each(torch.ones(6, 24)).backward()
+    with pytest.warns(UserWarning, match="full gradient of .* was formed"):
+        model.galore_fx.optimizer._collect()
+    assert_gradients_equal(model, reference)
+
+
+def test_a_bad_batch_and_a_copy_keep_the_chunked_loss():
+    model = galore_fx.compile(llama(1), rank=4, optimizer=adamw())
+    ids = batches(1)[0]
+    with pytest.raises((RuntimeError, ValueError)):
+        model(input_ids=ids, labels=ids[:2])
+    assert model(input_ids=ids, labels=ids).logits is None
+    with pytest.warns(UserWarning, match="copy of a model"):
+        again = galore_fx.compile(copy.deepcopy(model), rank=4, optimizer=adamw())
+    assert again(input_ids=ids, labels=ids).logits is None
+
+
+def test_the_chunked_loss_under_autocast_with_a_low_precision_input():
+    head = nn.Linear(16, 50)
+    x, target = torch.randn(6, 16), torch.arange(6)
+    grads = []
+    for fused in (True, False):
+        hidden = x.bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            if fused:
+                loss = linear_cross_entropy(hidden, head.weight, head.bias, target, -100, "mean")
+            else:
+                loss = nn.functional.cross_entropy(head(hidden).float(), target)
+        head.zero_grad()
+        loss.backward()
+        grads.append((hidden.grad.float(), head.weight.grad.clone()))
+    for ours, plain in zip(*grads, strict=True):
+        assert (ours - plain).norm() < 2e-2 * plain.norm()

@@ -235,3 +235,16 @@ def test_what_cannot_be_lowered_is_refused_by_name_with_what_can(name):
     ):
         galore_fx.compile(model, rank=2, optimizer=functools.partial(optimizer_class))
     assert not hasattr(model, "galore_fx")
+
+
+def test_a_momentum_that_leaves_zero_gets_its_state():
+    model, reference = llama(1), llama(1)
+    galore_fx.compile(model, recipe="full", optimizer=torch.optim.SGD)
+    ours, theirs = model.galore_fx.optimizer, torch.optim.SGD(reference.parameters())
+    for momentum, ids in zip((0.0, 0.9, 0.8), batches(3), strict=True):
+        for each, optimizer in ((model, ours), (reference, theirs)):
+            optimizer.param_groups[0]["momentum"] = momentum
+            backward(each, ids)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert largest_error(model, reference) < 1e-5

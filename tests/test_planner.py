@@ -9,7 +9,8 @@ from torch import nn
 
 import galore_fx
 from galore_fx import choice
-from galore_fx.measurement import counted_peak
+from galore_fx.measurement import counted_peak, persistent_bytes
+from galore_fx.runtime.meter import count_memory
 from galore_fx.simulation import StepSimulator
 from tests.models import adamw, batches, gpt2, largest_error, llama
 
@@ -111,6 +112,34 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
         galore_fx.compile(model, "700KB", sample=SAMPLE, optimizer=adamw(), rank=8)
     assert [vars(m) for m in model.modules()] == before
     assert galore_fx.plan(model, "700KB", sample=SAMPLE, optimizer=adamw(), rank=8).fits is False
+
+
+def test_micro_batches_are_planned_with_the_gradients_that_live_on():
+    settings = {"optimizer": adamw(), "rank": 8, "activation_budget": 0.0}
+    one = galore_fx.plan(small(1), sample=SAMPLE, **settings)
+    two = galore_fx.plan(small(1), sample=SAMPLE, micro_batches=2, **settings)
+    model = galore_fx.compile(small(1), strict=True, **settings)
+
+    def step():
+        for _ in range(2):
+            loss = model(**SAMPLE).loss
+            loss.backward()
+            del loss
+        model.galore_fx.optimizer.step()
+
+    for _ in range(3):
+        step()
+    model.galore_fx.optimizer.request_refresh()
+    refreshing = count_memory(step, torch.device("cpu")).transient_peak_bytes
+    assert persistent_bytes(model, [IDS]) + refreshing == two.peak_bytes > one.peak_bytes
+    with pytest.raises(galore_fx.SettingError, match="micro_batches=2 accumulate"):
+        galore_fx.plan(small(1), sample=SAMPLE, micro_batches=2, optimizer=adamw(), update="in-backward")
+
+
+def test_a_recipe_object_is_taken_as_it_is():
+    recipe = galore_fx.Recipe("auto", rank=4, activation_budget=0.2)
+    plan = galore_fx.plan(small(1), "700KB", sample=SAMPLE, recipe=recipe, optimizer=adamw())
+    assert plan.fits is False and plan.recipe["rank"] == 4 and plan.recipe["activation_budget"] == 0.2
 
 
 def test_a_larger_batch_than_planned_is_refused_and_a_smaller_one_trains():

@@ -1,12 +1,12 @@
-"""Prints what a training step will take, before anything is allocated.
+"""Prints what a training step will take, before the model exists.
 
     python tools/plan.py llama-60m --budget 2GB --batch 1 --seq 256
     python tools/plan.py path/to/config.json --batch 4 --seq 1024 --dtype bfloat16 --device cuda
     python tools/plan.py HUB/NAME --recipe galore --json plan.json --plot plan.svg
 
 MODEL is a preset, a transformers config file, or a hub name. The step is simulated on tensors without memory: no
-weights are loaded and no GPU is needed. Exit status: 0 it fits (or no budget was given), 2 it does not, or the input is
-wrong.
+weights are loaded and no GPU is needed; for --device cpu, library kernels are tried on zeros to learn their scratch.
+Exit status: 0 it fits (or no budget was given), 2 it does not, or the input is wrong.
 """
 
 import argparse

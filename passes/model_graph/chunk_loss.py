@@ -5,7 +5,8 @@
 
 requires  the graph of what follows the last block, as Dynamo gives it.
 ensures   unchanged where something other than the loss reads the logits, or where the loss is another one (class
-          weights, label smoothing, soft-capped logits, ...); the logits are then formed as the model says.
+          weights, label smoothing, soft-capped logits, ...); the logits are then formed as the model says. What a model
+          reads after a graph break cannot be seen here: logits read there are None, and want keep_logits=True.
 """
 
 import inspect

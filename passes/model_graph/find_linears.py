@@ -25,15 +25,16 @@ _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_pro
 _INPUT_FIRST = ((0, "input"), (1, "weight"), (2, "bias"))
 _BIAS_FIRST = ((1, "mat1"), (2, "mat2"), (0, "input"))
 _NO_BIAS = ((0, "input"), (1, "other"), None)
+_NO_BIAS_MM = ((0, "input"), (1, "mat2"), None)
 _PRODUCTS: dict[object, tuple[WeightLayout, tuple[tuple[int, str] | None, ...]]] = {
     F_LINEAR: (WeightLayout.OUT_IN, _INPUT_FIRST),
     torch.nn.functional.linear: (WeightLayout.OUT_IN, _INPUT_FIRST),
     torch.addmm: (WeightLayout.IN_OUT, _BIAS_FIRST),
     operator.matmul: (WeightLayout.IN_OUT, _NO_BIAS),
     torch.matmul: (WeightLayout.IN_OUT, _NO_BIAS),
-    torch.mm: (WeightLayout.IN_OUT, _NO_BIAS),
+    torch.mm: (WeightLayout.IN_OUT, _NO_BIAS_MM),
     "matmul": (WeightLayout.IN_OUT, _NO_BIAS),
-    "mm": (WeightLayout.IN_OUT, _NO_BIAS),
+    "mm": (WeightLayout.IN_OUT, _NO_BIAS_MM),
 }
 _OTHER_LAYOUT = {WeightLayout.OUT_IN: WeightLayout.IN_OUT, WeightLayout.IN_OUT: WeightLayout.OUT_IN}
 
@@ -82,6 +83,12 @@ class AttentionSite:
 def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
     """Every product of an activation and a weight that is an input of the graph, in the order of the graph."""
     return [site for node in gm.graph.nodes for site in _product(node)]
+
+
+def read_product(node: fx.Node) -> LinearSite:
+    """The site at a node that is known to be one."""
+    (site,) = _product(node)
+    return site
 
 
 def find_attention_weights(gm: fx.GraphModule) -> list[AttentionSite]:

@@ -112,7 +112,7 @@ class _GradientSums:
     def add(self, part: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """One chunk: d logits (c, V), its X (c, h), and W."""
         if self.hidden is not None:
-            torch.mm(grad_logits, weight, out=self.hidden[part])
+            torch.mm(grad_logits, weight.to(grad_logits.dtype), out=self.hidden[part])
         if self.weight is not None:
             beta = 0.0 if part.start == 0 else 1.0  # beta 0 overwrites: the buffer starts uninitialised
             if self.weight.dtype is grad_logits.dtype:

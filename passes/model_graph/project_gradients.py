@@ -22,6 +22,7 @@ from galore_fx.passes.model_graph.find_linears import (
     attention_arguments,
     find_attention_weights,
     find_linears,
+    read_product,
 )
 from galore_fx.passes.pass_runner import Effect, note_effect
 from galore_fx.runtime.projected_attention import projected_attention
@@ -113,6 +114,7 @@ def _other_readers(weight: fx.Node, uses: list[LinearSite | AttentionSite]) -> l
 
 
 def _replace_linear(graph: fx.Graph, site: LinearSite, extra: tuple[Any, ...], dim: ProjectedDim) -> None:
+    site = read_product(site.node)  # as it is now: a linear before it may have been replaced
     arguments: tuple[Any, ...] = (site.input, site.weight, site.bias, *extra, site.layout.value, dim.value)
     with graph.inserting_before(site.node):
         node = graph.call_function(projected_linear, arguments)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
@@ -157,7 +158,12 @@ class CapturedRegion:
         key = self._key(records, forms)
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._variants[key] = self._compile(records, forms)
+            try:
+                variant = self._variants[key] = self._compile(records, forms)
+            except Exception as error:
+                if self._capturing:
+                    raise  # Dynamo names the cause
+                raise CaptureError(f"{type(error).__name__}: {error}") from error
         return variant
 
     def _key(
