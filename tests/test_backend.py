@@ -17,8 +17,8 @@ def test_torch_finds_the_backend_by_its_name():
 
 
 def test_losses_and_weights_are_those_of_the_regional_form():
-    regional = galore_fx.compile(llama(2), optimizer=adamw(), stagger=False, **OPTIONS)
-    whole = torch.compile(llama(2), backend="galore_fx", options=OPTIONS)
+    regional = galore_fx.compile(llama(1), optimizer=adamw(), stagger=False, **OPTIONS)
+    whole = torch.compile(llama(1), backend="galore_fx", options=OPTIONS)
     optimizer = galore_fx.optimizer(whole, adamw())
     assert galore_fx.optimizer(whole) is optimizer, "asked again, it is the same"
     losses = []
@@ -30,7 +30,7 @@ def test_losses_and_weights_are_those_of_the_regional_form():
         assert first == pytest.approx(second, rel=1e-5)
     assert largest_error(whole, regional) < 1e-4
     stats = whole.galore_fx.stats()
-    assert len(stats["projected"]) == 14 and stats["num_region_graphs"] == 1 and stats["num_refreshes"] >= 28
+    assert len(stats["projected"]) == 7 and stats["num_region_graphs"] == 1 and stats["num_refreshes"] >= 14
     assert stats["num_region_variants"] == 2, "one that sketches, one that is steady"
 
 

@@ -1,4 +1,4 @@
-"""A sample of the families of docs/models.md: a multi-query decoder, an encoder, an encoder-decoder, a vision model."""
+"""A sample of the families of docs/models.md: two decoders, an encoder, an encoder-decoder; one step each."""
 
 import pytest
 
@@ -7,10 +7,10 @@ from tools.model_families import FAMILIES, train_family
 
 @pytest.mark.parametrize(
     ("name", "num_projected", "num_graphs"),
-    [("Falcon", 8, 1), ("OPT", 12, 1), ("DistilBERT", 12, 1), ("T5", 32, 4), ("ViT", 12, 1)],
+    [("Falcon", 8, 1), ("OPT", 12, 1), ("DistilBERT", 12, 1), ("T5", 32, 4)],
 )
 def test_gradients_are_projected_and_the_loss_falls(name, num_projected, num_graphs):
-    report = train_family(FAMILIES[name], num_steps=5)
+    report = train_family(FAMILIES[name], num_steps=1)
     assert report.worst_error < 1e-4
     assert report.num_full == 0
     assert report.losses[-1] < report.losses[0]
