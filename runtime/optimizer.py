@@ -14,7 +14,6 @@ window on. So the basis is constant inside a window and accumulated gradients ar
 import dataclasses
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_fx.errors import UsageError
+from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.optimizer_state import STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.refresh_schedule import FixedSchedule
@@ -89,7 +89,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._updated: set[int] = set()
         self.observe: Observer = _unobserved
         self._settings: dict[int, Any] = {}
-        self._versions: dict[int, int] = {}
+        self._watch = GradientWatch()
         self._named: set[str] = set()
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
@@ -145,7 +145,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             torch.nn.utils.clip_grads_with_norm_(
                 [holder for holder in self._holders() if holder.grad is not None], max_norm, norm
             )
-            self._versions.clear()
+            self._watch.forget()
         return norm
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _close_window(self, updated: bool) -> None:
         self.zero_grad()
         self._settings.clear()
-        self._versions.clear()
+        self._watch.forget()
         self._updated.clear()
         if updated:
             self.counters.num_updates += 1
@@ -228,7 +228,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # Deferred.
 
     def _step_deferred(self) -> None:
-        self._warn_of_foreign_changes()
+        self._watch.warn_of_changes(self._parameters())
         gradients = self._collect()
         if not gradients:
             return
@@ -285,46 +285,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # In the backward.
 
     def _install_hooks(self) -> None:
-        """Hooks hold neither the optimizer nor a parameter: a cycle through autograd's hooks is never collected."""
         for parameter in self._parameters():
             record = self._records.get(id(parameter))
             if record is not None:
-                record.sketch_leaf.register_post_accumulate_grad_hook(self._hook("_keep_sketch", parameter))
+                record.sketch_leaf.register_post_accumulate_grad_hook(weak_hook(self, "_keep_sketch", parameter))
             if not self.in_backward:
                 if record is None and self._records:
-                    parameter.register_post_accumulate_grad_hook(self._hook("_note_version", parameter))
+                    parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
                 continue
-            parameter.register_post_accumulate_grad_hook(self._hook("_update_at_once", parameter))
+            parameter.register_post_accumulate_grad_hook(weak_hook(self, "_update_at_once", parameter))
             if record is not None:
-                record.leaf.register_post_accumulate_grad_hook(self._hook("_update_at_once", parameter))
-
-    def _hook(self, method: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-        optimizer, weak_parameter = weakref.ref(self), weakref.ref(parameter)
-
-        def call(holder: Tensor) -> None:
-            alive, owner = optimizer(), weak_parameter()
-            if alive is not None and owner is not None:
-                getattr(alive, method)(owner, holder)
-
-        return call
-
-    def _note_version(self, parameter: nn.Parameter, _holder: Tensor) -> None:
-        """Remembers a full gradient as autograd left it."""
-        if parameter.grad is not None:
-            self._versions[id(parameter)] = parameter.grad._version
-
-    def _warn_of_foreign_changes(self) -> None:
-        """Says so where someone has changed full gradients and cannot have changed the projected ones."""
-        for parameter in self._parameters():
-            noted = self._versions.get(id(parameter))
-            if noted is not None and parameter.grad is not None and parameter.grad._version != noted:
-                warnings.warn(
-                    "gradients of full-rank parameters were changed between backward() and step(); projected gradients "
-                    "are no parameter's .grad and were not. To clip all of them together, call "
-                    "model.galore_fx.optimizer.clip_grad_norm_(max_norm) or compile with max_grad_norm=",
-                    stacklevel=4,
-                )
-                return
+                record.leaf.register_post_accumulate_grad_hook(weak_hook(self, "_update_at_once", parameter))
 
     def _keep_sketch(self, parameter: nn.Parameter, leaf: Tensor) -> None:
         """Keeps the first micro-batch's sketch and drops the others'."""
@@ -341,8 +312,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             return  # the other form was delivered; autograd calls the hook all the same
         if id(parameter) in self._updated:
             raise UsageError(
-                "a second gradient of one parameter before optimizer.step(), of a second backward or of a use of the "
-                "weight outside its block: update='in-backward' has consumed the first and cannot add to it. Call "
+                "a second backward before optimizer.step(), or a weight that is used outside its block too: "
+                "update='in-backward' has consumed the parameter's first gradient and cannot add to it. Call "
                 "model.galore_fx.optimizer.step() after each backward, or compile with update='deferred' to accumulate "
                 "gradients"
             )

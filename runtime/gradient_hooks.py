@@ -1,0 +1,51 @@
+"""Hooks on gradients: what they may hold, and how it is noticed that someone else has changed a gradient."""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+
+def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
+    """A post-accumulate hook that calls ``owner.method(parameter, holder)`` as long as both are alive.
+
+    It holds neither: a cycle through autograd's hooks is never collected.
+    """
+    weak_owner, weak_parameter = weakref.ref(owner), weakref.ref(parameter)
+
+    def call(holder: Tensor) -> None:
+        alive, known = weak_owner(), weak_parameter()
+        if alive is not None and known is not None:
+            getattr(alive, method)(known, holder)
+
+    return call
+
+
+class GradientWatch:
+    """Notices a clipping or scaling that could see the full-rank gradients only."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, int] = {}
+
+    def note(self, parameter: nn.Parameter, _holder: Tensor) -> None:
+        """Remembers a full gradient as autograd left it."""
+        if parameter.grad is not None:
+            self._versions[id(parameter)] = parameter.grad._version
+
+    def forget(self) -> None:
+        """All changes up to now are our own."""
+        self._versions.clear()
+
+    def warn_of_changes(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Says so where someone has changed full gradients and cannot have changed the projected ones."""
+        for parameter in parameters:
+            noted = self._versions.get(id(parameter))
+            if noted is not None and parameter.grad is not None and parameter.grad._version != noted:
+                warnings.warn(
+                    "gradients of full-rank parameters were changed between backward() and step(); projected gradients "
+                    "are no parameter's .grad and were not. To clip all of them together, call "
+                    "model.galore_fx.optimizer.clip_grad_norm_(max_norm) or compile with max_grad_norm=",
+                    stacklevel=5,
+                )
+                return
