@@ -22,6 +22,7 @@ from galore_fx.handle import Compiled
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, copy_graph
+from galore_fx.request import Request
 from galore_fx.runtime.compatibility import (
     WeakTensorKeyDictionary,
     backend_settings,
@@ -122,9 +123,10 @@ def optimizer(
     options = given if options is None else dict(options)
     known = _model_of(trained, options)
     settings = _one_graph_settings(known.options or {})
-    decisions = decide(inner, settings.pop("budget", None), None, settings.pop("recipe", "auto"), optimizer, settings)
+    budget, recipe = settings.pop("budget", None), settings.pop("recipe", "auto")
+    decisions = decide(inner, Request(budget, recipe=recipe, optimizer=optimizer, overrides=settings))
     made = build_optimizer(inner, decisions, optimizer)
-    inner.galore_fx = Compiled(made.optimizer, made.plan, known.compiler, made.updates, [])
+    inner.galore_fx = Compiled(made.optimizer, made.plan, known.compiler, made.updates, None)
     # torch's wrapper is a module of its own, with a zero_grad of its own.
     vars(model)["zero_grad"] = inner.zero_grad
     known.is_built = True

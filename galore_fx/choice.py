@@ -1,8 +1,9 @@
 """Chooses what the recipe leaves open, so that the predicted peak of a step fits a budget.
 
-Candidates stand in the order of what they give up: nothing; time (recomputation, more of it); the gradients that
-outlive the backward (no accumulation, no clipping); rank. Each is simulated and the first that fits is taken. The peak
-is not monotone in the share of activations that is kept, so none is left out because a milder one did not fit.
+Settings stand in the order of what they give up: nothing; the gradients that outlive the backward (no accumulation, no
+clipping); the full rank, and then rank. Under each of them the activation policy is chosen by an exact solver: the
+fastest for which every moment of the step fits. The solver works on sums of what single blocks take; its choice is then
+simulated as a whole, and where the sums were too low it is asked again with that much less.
 """
 
 import dataclasses
@@ -10,117 +11,175 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from galore_fx.decisions import Decisions, decide
 from galore_fx.errors import SettingError
-from galore_fx.optimizer_choice import OptimizerChoice, for_a_copy
+from galore_fx.optimizer_choice import for_a_copy
+from galore_fx.passes.memory_plan.activation_policy import fastest_within, least_peak
 from galore_fx.plan_record import Plan
-from galore_fx.recipe import Recipe
-from galore_fx.simulation import StepSimulator
+from galore_fx.request import Request
+from galore_fx.simulation import Decide, FakeTraining, StepSimulator
+from galore_fx.step_record import StepRecord, policy_problem
 
-ACTIVATION_BUDGETS = (0.5, 0.2, 0.0)
-RANK_FACTORS = (1.0, 0.5, 0.25)
+ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
+RANKS = (0.25, 0.125, 0.0625)
 # On CUDA, until a GPU has verified the simulation: context and libraries, and a share for fragmentation and workspaces.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CUDA_MARGIN = 0.1
+_MAX_NUM_CORRECTIONS = 3
+# Parts that mean something only where weights are projected: who sets one wants projection.
+_OF_PROJECTION = ("rank", "project", "basis", "refresh", "refresh_gap", "stagger", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings that are tried, over those that the user gave.
+    """Settings that are tried.
 
     Attributes:
-        overrides: parts of the recipe.
-        words: what they mean, for the plan; empty where nothing is given up.
+        request: what the user asked, with some of what is left open filled in.
+        words: what that means, for the plan; empty where nothing is given up.
     """
 
-    overrides: dict[str, Any]
+    request: Request
     words: tuple[str, ...]
 
 
-def decide_for_sample(
-    model: nn.Module,
-    budget: str | int | None,
-    sample: object,
-    recipe: str | Recipe,
-    optimizer: OptimizerChoice,
-    overrides: dict[str, Any],
-    *,
-    keep_logits: bool,
-    micro_batches: int = 1,
-    device: str | None = None,
-) -> Decisions:
+def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
     """The decisions for a model and a batch, with the predicted peak in the plan.
 
-    Arguments and errors are those of ``galore_fx.plan``. Without a budget nothing is given up; where nothing that may
-    be chosen fits it, the plan is the smallest and says that it does not fit.
+    Errors are those of ``galore_fx.plan``. Without a budget nothing is given up; where nothing that may be chosen fits
+    it, the plan is the smallest and says that it does not fit.
     """
-    on_meta = next(model.parameters()).device.type == "meta" if isinstance(model, nn.Module) else False
-    wanted = decide(model, budget, None if on_meta else sample, recipe, optimizer, overrides)
-    given = overrides if isinstance(recipe, str) else dataclasses.asdict(wanted.recipe)  # a Recipe is meant as it is
-    if micro_batches > 1:
-        if wanted.recipe.update == "in-backward":
-            raise SettingError(f"micro_batches={micro_batches} accumulate gradients, which update='in-backward' cannot")
-        given = {**given, "update": "deferred"}
-    candidates = list(_candidates(wanted, given)) if wanted.plan.budget_bytes is not None else [Candidate({}, ())]
-    device = device or ("cuda" if on_meta else next(model.parameters()).device.type)
+    on_meta = isinstance(model, nn.Module) and next(model.parameters()).device.type == "meta"
+    wanted = decide(model, dataclasses.replace(request, sample=None) if on_meta else request)
+    if request.micro_batches > 1 and wanted.recipe.update == "in-backward":
+        raise SettingError(
+            f"micro_batches={request.micro_batches} accumulate gradients, which update='in-backward' cannot"
+        )
+    device = request.device or ("cuda" if on_meta else next(model.parameters()).device.type)
     simulator = StepSimulator(
-        model, sample, keep_logits=keep_logits, micro_batches=micro_batches, measure_kernels=device == "cpu"
+        model, request.sample, keep_logits=request.keep_logits, micro_batches=request.micro_batches, device=device
     )
-    smallest: Plan | None = None
+    # An instance of the user's is over the model's parameters and already checked.
+    request = dataclasses.replace(request, sample=None, optimizer=wanted.optimizer)
+    if wanted.plan.budget_bytes is None:
+        record = simulator.train(_deciding(request)).play(wanted.plan.activation_policy)
+        return dataclasses.replace(wanted, plan=_predicted(wanted.plan, record, device))
+    smallest: Decisions | None = None
+    candidates = list(_candidates(wanted, request))
     with tqdm(candidates, desc="planning", unit="plan", disable=None, leave=False, delay=2) as progress:
         for candidate in progress:
-            settings = {**overrides, **candidate.overrides}
-            chosen = wanted
-            if candidate.overrides:
-                chosen = decide(model, budget, None, recipe, wanted.optimizer, settings)
+            chosen = decide(model, candidate.request)
             if chosen.plan.fits is False and candidate is not candidates[-1]:
                 continue  # what is kept exceeds the budget before any activation
-            prediction = simulator.predict(
-                lambda fake, variants, settings=settings: decide(  # type: ignore[misc]
-                    fake, None, None, recipe, for_a_copy(wanted.optimizer), settings, variants=variants
-                )
-            )
-            estimated = device != "cpu"
-            reserve = int(CUDA_CONTEXT_BYTES + CUDA_MARGIN * prediction.peak_bytes) if estimated else 0
-            plan = dataclasses.replace(
-                chosen.plan,
-                prediction=prediction,
-                estimated=estimated,
-                reserve_bytes=reserve,
-                chosen=candidate.words,
-            )
+            share_is_open = "activation_budget" not in request.overrides and isinstance(request.recipe, str)
+            search = _PolicySearch(simulator.train(_deciding(candidate.request)), chosen.plan, device, candidate.words)
+            plan = search.best() if share_is_open else search.plan(chosen.plan.activation_policy)
+            if smallest is None or plan.within_budget or plan.peak_bytes < smallest.plan.peak_bytes:
+                smallest = dataclasses.replace(chosen, plan=plan)
             if plan.within_budget:
-                return dataclasses.replace(chosen, plan=plan)
-            if smallest is None or plan.peak_bytes < smallest.peak_bytes:
-                smallest = plan
+                break
     assert smallest is not None, "there is always a candidate"
-    return dataclasses.replace(wanted, plan=smallest)
+    return smallest
 
 
-def _candidates(wanted: Decisions, overrides: dict[str, Any]) -> Iterator[Candidate]:
-    recipe = wanted.recipe
-    rank_is_open = "rank" not in overrides and recipe.projects and recipe.name == "auto"
-    update_is_open = "update" not in overrides and recipe.update == "deferred" and recipe.max_grad_norm is None
-    lower = () if "activation_budget" in overrides else ACTIVATION_BUDGETS
-    budgets = (recipe.activation_budget, *(share for share in lower if share < recipe.activation_budget))
-    for factor in RANK_FACTORS if rank_is_open else (1.0,):
-        for update in (recipe.update, "in-backward") if update_is_open else (recipe.update,):
-            for share in budgets:
-                changed: dict[str, Any] = {}
-                words = []
-                if share != recipe.activation_budget:
-                    changed["activation_budget"] = share
-                    words.append(f"activation_budget={share}: what is not kept is recomputed")
-                if update != recipe.update:
-                    changed["update"] = update
-                    words.append("update='in-backward': no accumulation over micro-batches, no clipping")
-                if factor != 1.0:
-                    changed["rank"] = _scaled_rank(recipe.rank, factor)
-                    words.append(f"rank={changed['rank']} instead of {recipe.rank}")
-                yield Candidate(changed, tuple(words))
+def _deciding(request: Request) -> Decide:
+    """What decides the same about a copy of the model."""
+    assert isinstance(request.optimizer, Optimizer)
+    for_copies = dataclasses.replace(request, budget=None, optimizer=for_a_copy(request.optimizer))
+    return lambda fake, variants: decide(fake, for_copies, variants)
 
 
-def _scaled_rank(rank: int | float, factor: float) -> int | float:
-    return rank * factor if isinstance(rank, float) else max(1, int(rank * factor))
+class _PolicySearch:
+    """The activation policy of one candidate."""
+
+    def __init__(self, training: FakeTraining, plan: Plan, device: str, words: tuple[str, ...]) -> None:
+        self._training, self._plan, self._device, self._words = training, plan, device, words
+        assert plan.budget_bytes is not None
+        self._budget = plan.budget_bytes
+        self._num_blocks = len(plan.regions)
+
+    def plan(self, policy: tuple[float, ...]) -> Plan:
+        """The plan with a policy, simulated."""
+        words = self._words
+        if set(policy) != {1.0}:
+            counts = {share: policy.count(share) for share in sorted(set(policy), reverse=True)}
+            told = ", ".join(f"{number} blocks keep {share:g}" for share, number in counts.items())
+            words = (*words, f"activations are recomputed: of what they save, {told}")
+        plan = dataclasses.replace(self._plan, activation_policy=policy, chosen=words)
+        return _predicted(plan, self._training.play(policy), self._device)
+
+    def best(self) -> Plan:
+        """The fastest policy that fits, else the smallest."""
+        uniform = self.plan((1.0,) * self._num_blocks)
+        if uniform.within_budget:
+            return uniform
+        records = [self._training.play((share,) * self._num_blocks) for share in ACTIVATION_BUDGETS]
+        problem = policy_problem(records, self._num_blocks)
+        # What the simulated peak may be, so that peak and reserve together are within the budget.
+        limit = _largest_peak(self._budget, self._device)
+        smallest = self.plan(_shares(least_peak(problem)))
+        for _ in range(_MAX_NUM_CORRECTIONS):
+            choice = fastest_within(problem, limit)
+            if choice is None:
+                break
+            plan = self.plan(_shares(choice))
+            if plan.within_budget:
+                return plan
+            limit -= plan.peak_bytes - self._budget
+        return smallest
+
+
+def _shares(choice: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(ACTIVATION_BUDGETS[option] for option in choice)
+
+
+def _reserve(peak_bytes: int, device: str) -> int:
+    return int(CUDA_CONTEXT_BYTES + CUDA_MARGIN * peak_bytes) if device != "cpu" else 0
+
+
+def _largest_peak(budget_bytes: int, device: str) -> int:
+    """The highest peak that leaves room for its reserve."""
+    return budget_bytes if device == "cpu" else int((budget_bytes - CUDA_CONTEXT_BYTES) / (1 + CUDA_MARGIN))
+
+
+def _predicted(plan: Plan, record: StepRecord, device: str) -> Plan:
+    prediction = record.prediction()
+    return dataclasses.replace(
+        plan,
+        prediction=prediction,
+        estimated=device != "cpu",
+        reserve_bytes=_reserve(prediction.peak_bytes, device),
+    )
+
+
+def _candidates(wanted: Decisions, request: Request) -> Iterator[Candidate]:
+    """Settings in the order of what they give up, of those parts that the user has left open."""
+    recipe, given = wanted.recipe, request.overrides
+    is_named = isinstance(request.recipe, str)
+    wants_projection = any(part in given for part in _OF_PROJECTION)
+    levels = [Candidate(request, ())]
+    if is_named and recipe.name == "auto" and "rank" not in given:
+        levels = [] if wants_projection else [Candidate(dataclasses.replace(request, recipe="full"), ())]
+        levels += [
+            Candidate(_with(request, rank=rank), (f"weights train in subspaces of {rank:g} of their shorter side",))
+            for rank in RANKS
+        ]
+    update_is_open = (
+        is_named
+        and "update" not in given
+        and request.micro_batches == 1
+        and recipe.update == "deferred"
+        and recipe.max_grad_norm is None
+    )
+    for level in levels:
+        yield level
+        if update_is_open:
+            words = (*level.words, "update='in-backward': no accumulation over micro-batches, no clipping")
+            yield Candidate(_with(level.request, update="in-backward"), words)
+
+
+def _with(request: Request, **parts: Any) -> Request:
+    return dataclasses.replace(request, overrides={**request.overrides, **parts})

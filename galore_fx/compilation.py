@@ -16,6 +16,7 @@ from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.planned_batch import PlannedBatch
 from galore_fx.recipe import Recipe
+from galore_fx.request import Request
 
 
 def plan(
@@ -39,20 +40,8 @@ def plan(
     Args:
         device: "cpu" or "cuda", where it is to be trained; the model's by default, "cuda" for one on the meta device.
     """
-    if sample is None:
-        return decide(model, budget, None, recipe, optimizer, overrides).plan
-    decisions = decide_for_sample(
-        model,
-        budget,
-        sample,
-        recipe,
-        optimizer,
-        overrides,
-        keep_logits=keep_logits,
-        micro_batches=micro_batches,
-        device=device,
-    )
-    return decisions.plan
+    request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, device)
+    return (decide(model, request) if sample is None else decide_for_sample(model, request)).plan
 
 
 def compile(  # noqa: A001 - the name users know from torch.compile
@@ -94,16 +83,14 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         BudgetError: no plan fits the budget (with a sample), or what is kept through the step already exceeds it.
         All are raised before anything in the model is changed.
     """
-    if sample is None or budget is None:
-        decisions = decide(model, budget, sample, recipe, optimizer, overrides)
-    else:
-        decisions = decide_for_sample(
-            model, budget, sample, recipe, optimizer, overrides, keep_logits=keep_logits, micro_batches=micro_batches
-        )
+    request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches)
+    is_planned = sample is not None and budget is not None
+    decisions = decide_for_sample(model, request) if is_planned else decide(model, request)
     built = build_optimizer(model, decisions, optimizer)
-    compiler = RegionCompiler(activation_budget=decisions.recipe.activation_budget)
+    compiler = RegionCompiler()
     head = None if keep_logits else HeadCompiler()
-    planned = None if sample is None or budget is None else PlannedBatch(sample)
-    forwards = install(model, decisions.regions, compiler, head, strict=strict, planned=planned)
-    model.galore_fx = Compiled(built.optimizer, built.plan, compiler, built.updates, forwards)  # type: ignore[assignment]
+    planned = PlannedBatch(sample) if is_planned else None
+    policy = decisions.plan.activation_policy
+    blocks = install(model, decisions.regions, compiler, head, policy=policy, strict=strict, planned=planned)
+    model.galore_fx = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)  # type: ignore[assignment]
     return model

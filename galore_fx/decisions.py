@@ -1,20 +1,20 @@
 """All that ``compile``, ``plan``, the backend and ``explain`` decide about a model, before anything in it changes."""
 
 import dataclasses
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from galore_fx.errors import ModelError
 from galore_fx.handle import Compiled
-from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer
+from galore_fx.optimizer_choice import resolve_optimizer
 from galore_fx.passes.memory_plan.plan_parameters import plan_parameters
 from galore_fx.passes.model_graph.find_regions import Region, find_regions
 from galore_fx.passes.model_graph.parameter_roles import parameter_roles
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler, Variants
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe, resolve_recipe
+from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
 from galore_fx.sample_check import check_sample
 from galore_fx.units import parse_bytes
@@ -31,23 +31,17 @@ class Decisions:
     plan: Plan
 
 
-def decide(
-    model: nn.Module,
-    budget: str | int | None,
-    sample: object,
-    recipe: str | Recipe,
-    optimizer: OptimizerChoice,
-    overrides: dict[str, Any],
-    *,
-    variants: Variants | None = None,
-) -> Decisions:
-    """Resolves and checks what the user gave; the arguments and errors are those of ``galore_fx.compile``.
+def decide(model: nn.Module, request: Request, variants: Variants | None = None) -> Decisions:
+    """Resolves and checks what the user gave; errors are those of ``galore_fx.compile``.
 
-    ``variants`` keeps the compiled steps apart from those of the process, for a simulation.
+    Args:
+        model: the model.
+        request: what is asked for; a sample is checked, and nothing is chosen for it.
+        variants: keeps the compiled steps apart from those of the process, for a simulation.
     """
     refuse_unsupported_modes()
-    resolved = resolve_recipe(recipe, overrides)
-    budget_bytes = None if budget is None else parse_bytes(budget)
+    resolved = resolve_recipe(request.recipe, request.overrides)
+    budget_bytes = None if request.budget is None else parse_bytes(request.budget)
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is not an nn.Module")
     if hasattr(model, "_orig_mod"):
@@ -58,12 +52,12 @@ def decide(
     if isinstance(getattr(model, "galore_fx", None), Compiled):
         raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
     regions = find_regions(model)
-    instance = resolve_optimizer(optimizer, model)
+    instance = resolve_optimizer(request.optimizer, model)
     updates = UpdateCompiler(type(instance), instance.defaults, variants)
     for group in instance.param_groups:
         updates.check(group)
-    if sample is not None:
-        check_sample(model, sample)
+    if request.sample is not None:
+        check_sample(model, request.sample)
     layout = updates.layout(updates.read(instance.param_groups[0]), instance.param_groups[0])
     made = plan_parameters(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],

@@ -21,6 +21,7 @@ from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.pass_runner import PassRecord
 from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
+from galore_fx.request import Request
 from galore_fx.runtime.compatibility import FakeTensorMode
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.subspace import ProjectedDim
@@ -96,10 +97,10 @@ def explain(
         optimizer = for_a_copy(optimizer)
     mode = fake_mode()
     fake = fake_copy(model, mode)
-    decisions = decide(fake, None, None, recipe, optimizer, overrides)
+    decisions = decide(fake, Request(recipe=recipe, optimizer=optimizer, overrides=overrides))
     records = _fake_records(decisions, mode)
     regions, head = RegionCompiler(regions={}, finish=_leave), None if keep_logits else HeadCompiler()
-    forwards = install(fake, decisions.regions, regions, head, strict=False)
+    blocks = install(fake, decisions.regions, regions, head, policy=decisions.plan.activation_policy, strict=False)
     for form in (GradientForm.PROJECTED, refresh_form(decisions.recipe)):
         for record in records:
             record.form = record.refresh_form = form
@@ -110,8 +111,7 @@ def explain(
         *(GraphReport("head and loss", tuple(passes)) for passes in head_passes),
         *_optimizer_reports(decisions),
     ]
-    uncompiled = {forward.name: forward.function.failure for forward in forwards if forward.function.failure}
-    return Explanation(decisions.plan, tuple(graphs), uncompiled)
+    return Explanation(decisions.plan, tuple(graphs), blocks.failures)
 
 
 def _fake_records(decisions: Decisions, mode: FakeTensorMode) -> list[ProjectedParameter]:
@@ -142,7 +142,7 @@ def _forward(fake: nn.Module, sample: object, mode: FakeTensorMode) -> None:
         ) from error
 
 
-def _leave(gm: fx.GraphModule, _inputs: Sequence[object]) -> Callable[..., Any]:
+def _leave(gm: fx.GraphModule, _inputs: Sequence[object], _activation_budget: float) -> Callable[..., Any]:
     forward: Callable[..., Any] = gm.forward
     return forward
 

@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 from galore_fx.errors import UsageError
+from galore_fx.installation import InstalledBlocks
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
-from galore_fx.runtime.dispatch import CompiledForward
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 
 COPY_MESSAGE = (
@@ -33,13 +33,13 @@ class Compiled:
         plan: Plan,
         regions: RegionCompiler,
         updates: UpdateCompiler,
-        forwards: list[CompiledForward],
+        blocks: InstalledBlocks | None,
     ) -> None:
         self.optimizer = optimizer
         self.plan = plan
         self._regions = regions
         self._updates = updates
-        self._forwards = forwards
+        self._blocks = blocks
 
     @property
     def optimizer_choice(self) -> OptimizerChoice:
@@ -65,9 +65,7 @@ class Compiled:
             **vars(optimizer.counters),
             "refresh_time_s": optimizer.refresh_time_s,
             "grad_norm": optimizer.grad_norm,
-            "uncompiled": {
-                forward.name: forward.function.failure for forward in self._forwards if forward.function.failure
-            },
+            "uncompiled": self._blocks.failures if self._blocks else {},
             "num_region_graphs": self._regions.num_graphs,
             "num_region_variants": self._regions.num_variants,
             "num_update_graphs": self._updates.num_graphs,

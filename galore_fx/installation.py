@@ -31,33 +31,25 @@ def install(
     compiler: RegionCompiler,
     head: HeadCompiler | None,
     *,
+    policy: Sequence[float],
     strict: bool,
     planned: PlannedBatch | None = None,
-) -> list[CompiledForward]:
-    """Puts the dispatchers in place: one compiled function per forward function, shared by the layers that use it.
+) -> "InstalledBlocks":
+    """Puts the dispatchers in place.
 
     Args:
         model: the model.
         regions: its blocks.
         compiler: compiles their graphs.
         head: rewrites head and loss, None to leave them.
+        policy: for each block the share of its activations that it keeps.
         strict: a block that cannot be captured is an error.
         planned: the batch that training calls are held to, None for any.
-
-    Returns:
-        The blocks' new forwards.
     """
-    functions: dict[object, RegionFunction] = {}
-    forwards: list[CompiledForward] = []
-    for region in regions:
-        module = region.module
-        function = _forward_function(module)
-        if function not in functions:
-            functions[function] = RegionFunction(
-                dispatch_compiler(own_code_object(function), compiler, recompile_limit=_RECOMPILE_LIMIT), strict
-            )
-        forwards.append(CompiledForward(region.name, module, module.forward, functions[function]))
-        module.forward = forwards[-1]
+    blocks = InstalledBlocks(regions, compiler, strict=strict)
+    blocks.set_policy(policy)
+    for forward in blocks.forwards:
+        forward.module.forward = forward
     training = None
     stems = find_stems(model, regions)
     if stems and not _has_own_forward(model) and head is not None:
@@ -67,7 +59,40 @@ def install(
             own_code_object(type(model).forward), head, recompile_limit=_HEAD_RECOMPILE_LIMIT, whole=False
         )
     model.forward = TrainingForward(model, model.forward, training, planned)
-    return forwards
+    return blocks
+
+
+class InstalledBlocks:
+    """The blocks' new forwards, and the compiled functions that they share.
+
+    There is one compiled function per forward function and share of activations kept; all layers of one class that
+    keep the same share use the same.
+
+    Attributes:
+        forwards: in the order of the regions.
+    """
+
+    def __init__(self, regions: Sequence[Region], compiler: RegionCompiler, *, strict: bool) -> None:
+        self._compiler = compiler
+        self._strict = strict
+        self._plain = [_forward_function(region.module) for region in regions]
+        self._functions: dict[tuple[object, float], RegionFunction] = {}
+        self.forwards = [CompiledForward(r.name, r.module, r.module.forward) for r in regions]
+
+    def set_policy(self, policy: Sequence[float]) -> None:
+        """From the next forward on, each block keeps this share of its activations."""
+        for forward, plain, share in zip(self.forwards, self._plain, policy, strict=True):
+            if (plain, share) not in self._functions:
+                compiled = dispatch_compiler(
+                    own_code_object(plain), self._compiler.keeping(share), recompile_limit=_RECOMPILE_LIMIT
+                )
+                self._functions[plain, share] = RegionFunction(compiled, self._strict)
+            forward.function = self._functions[plain, share]
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Names of the blocks that run uncompiled, with the reason."""
+        return {forward.name: forward.function.failure for forward in self.forwards if forward.function.failure}
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -53,6 +53,7 @@ class Prediction:
         categories: bytes at the peak by category.
         timeline: (phase, bytes by category) after each allocation and release of a steady step.
         uncaptured: blocks that run uncompiled.
+        seconds: time of each phase of a steady step by a roofline: for comparing plans, no promise.
     """
 
     peak_bytes: int
@@ -60,6 +61,7 @@ class Prediction:
     categories: dict[str, int]
     timeline: tuple[tuple[str, dict[str, int]], ...]
     uncaptured: tuple[str, ...]
+    seconds: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Plan:
         regions: names of the modules that are compiled as one graph each.
         parameters: one entry per trained parameter.
         fixed_bytes: bytes of frozen parameters and buffers.
+        activation_policy: for each region the share of its activations that it keeps for the backward.
         prediction: what a simulated step takes, None where no sample was given.
         estimated: whether the prediction is for a device on which it has not been verified.
         reserve_bytes: kept free for what the simulation cannot see.
@@ -85,6 +88,7 @@ class Plan:
     regions: tuple[str, ...]
     parameters: tuple[ParameterPlan, ...]
     fixed_bytes: int
+    activation_policy: tuple[float, ...]
     prediction: Prediction | None = None
     estimated: bool = False
     reserve_bytes: int = 0
@@ -196,6 +200,7 @@ class Plan:
                 tuple(data["regions"]),
                 parameters,
                 int(data["fixed_bytes"]),
+                tuple(data["activation_policy"]),
                 prediction,
                 data["estimated"],
                 data["reserve_bytes"],

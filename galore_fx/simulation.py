@@ -4,6 +4,7 @@
     block graphs            ->  Inductor's own wrappers, run without kernels (fake_inductor.py)
     all that is eager       ->  runs as it is (head and loss, hooks, clipping, refreshes)
     StorageCounter          ->  what lives at each moment, and what it is for
+    BlockCalls              ->  which block runs then
 
 Exact in float32 on a CPU (docs/plan_accuracy.md). What library kernels allocate inside themselves (oneDNN's scratch for
 bfloat16 products, attention's workspaces) is measured where the training is to run on this machine's CPU, else unknown.
@@ -12,10 +13,10 @@ Source: the method of torch.distributed._tools.MemTracker (storages followed thr
 code that Inductor generates.
 """
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,132 +25,192 @@ from torch import Tensor, fx, nn
 from galore_fx.decisions import Decisions
 from galore_fx.errors import ModelError
 from galore_fx.fake_model import as_if_real, fake_batch, fake_copy, fake_mode
-from galore_fx.installation import install
+from galore_fx.installation import InstalledBlocks, install
 from galore_fx.optimizer_build import build_optimizer
+from galore_fx.passes.memory_plan.block_calls import BlockCalls
 from galore_fx.passes.memory_plan.fake_inductor import lowering_only
 from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
+from galore_fx.passes.memory_plan.roofline import RTX_4090, this_cpu
 from galore_fx.passes.memory_plan.storage_counter import Moment, StorageCounter
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
-from galore_fx.plan_record import Prediction
+from galore_fx.runtime.dispatch import TrainingForward
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.sample_check import describe_sample
+from galore_fx.step_record import StepRecord, Window
 
 Decide = Callable[[nn.Module, Variants], Decisions]
 
 
 class StepSimulator:
-    """Predicts steps of one model on one batch; what has been lowered for one prediction serves the next.
+    """Simulates the training of one model on one batch; what has been lowered for one serves the next.
 
     Args:
         model: a plain model; it is not touched.
         sample: a batch as the model takes it, of the shapes it will be trained with.
         keep_logits: as of ``compile``.
         micro_batches: how many of these batches a step accumulates.
-        measure_kernels: count what library kernels of this machine's CPU allocate inside themselves, by running them.
+        device: "cpu": what library kernels allocate inside themselves is measured here, as are the rates that the
+            times follow from; "cuda": no such allocation, and the rates of an RTX 4090.
     """
 
-    def __init__(
-        self, model: nn.Module, sample: object, *, keep_logits: bool, micro_batches: int, measure_kernels: bool
-    ) -> None:
-        self.scratch = kernel_scratch_bytes if measure_kernels else None
+    def __init__(self, model: nn.Module, sample: object, *, keep_logits: bool, micro_batches: int, device: str) -> None:
         self.num_passes = min(micro_batches, 2)  # the third is as the second
-        self._model, self._sample, self.keep_logits = model, sample, keep_logits
+        self.keep_logits = keep_logits
+        self._model, self._sample = model, sample
         self._mode = fake_mode()
         self._regions: Regions = {}
         self._variants: Variants = {}
+        self._scratch = kernel_scratch_bytes if device == "cpu" else None
+        self._rates = this_cpu() if device == "cpu" else RTX_4090
+        self._counter: StorageCounter | None = None
 
-    def predict(self, make_decisions: Decide) -> Prediction:
-        """The peak of a whole training step, by phase and category: steady, refreshing, and an evaluation.
+    def train(self, make_decisions: Decide) -> "FakeTraining":
+        """A training whose steps can be played.
 
         Args:
             make_decisions: what ``compile`` would decide about a copy of the model.
 
         Raises:
-            ModelError: the model does not run on fake tensors, or does not accept the sample.
+            ModelError: the model does not run on fake tensors.
         """
         fake = fake_copy(self._model, self._mode)
         decisions = make_decisions(fake, self._variants)
         for group in decisions.optimizer.param_groups:
             decisions.updates.prepare(group)
-        args, kwargs = fake_batch(self._sample, self._mode)
-        compiler = RegionCompiler(self._regions, activation_budget=decisions.recipe.activation_budget)
+        counter = StorageCounter(self._scratch, self._rates.seconds)
+        with self.playing(counter):
+            return FakeTraining(self, fake, decisions, counter, RegionCompiler(self._regions))
+
+    @contextlib.contextmanager
+    def playing(self, counter: StorageCounter) -> Iterator[None]:
+        """The surroundings of a simulated step."""
+        before, self._counter = self._counter, counter
         try:
-            with self._mode, lowering_only(), as_if_real(), warnings.catch_warnings():
+            with self._mode, lowering_only(self._note_kernel), as_if_real(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _play(fake, args, kwargs, decisions, compiler, self)
+                yield
         except Exception as error:
             raise ModelError(
                 f"a training step of {type(self._model).__name__} could not be played on fake tensors with the sample "
                 f"{describe_sample(self._sample)}: {type(error).__name__}: {error}"
             ) from error
+        finally:
+            self._counter = before
+
+    def batch(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The sample on fake tensors."""
+        return fake_batch(self._sample, self._mode)
+
+    def _note_kernel(self, arguments: Sequence[Any]) -> None:
+        if self._counter is not None:
+            self._counter.spend(self._rates.transfer(arguments))
 
 
-def _play(
-    fake: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    decisions: Decisions,
-    compiler: RegionCompiler,
-    settings: StepSimulator,
-) -> Prediction:
-    counter = StorageCounter(settings.scratch)
-    endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9)  # refreshes come when they are asked for
-    optimizer = build_optimizer(fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer).optimizer
-    optimizer.observe = _observer(counter)
-    head = None if settings.keep_logits else _CountedHead(counter)
-    forwards = install(fake, decisions.regions, compiler, head, strict=False)
+class FakeTraining:
+    """A model on fake tensors with its optimizer; ``play`` runs steps of it. Made by ``StepSimulator.train``."""
 
-    def step() -> tuple[int, int]:
-        return _step(fake, args, kwargs, optimizer, counter, settings.num_passes)
+    def __init__(
+        self,
+        simulator: StepSimulator,
+        fake: nn.Module,
+        decisions: Decisions,
+        counter: StorageCounter,
+        compiler: RegionCompiler,
+    ) -> None:
+        endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9)  # refreshes come when they are asked for
+        self._simulator, self._fake, self._counter = simulator, fake, counter
+        self._args, self._kwargs = simulator.batch()
+        self._optimizer = build_optimizer(
+            fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer
+        ).optimizer
+        self._optimizer.observe = _observer(counter)
+        self._calls = BlockCalls(counter)
+        head = None if simulator.keep_logits else _CountedHead(counter)
+        policy = decisions.plan.activation_policy
+        self._blocks = install(fake, decisions.regions, compiler, head, policy=policy, strict=False)
+        _watch(fake, self._blocks, self._calls)
+        self._evaluation: list[Moment] | None = None
+        with counter:
+            counter.learn_sums()
 
-    with counter:
-        counter.learn_sums()
-        for _ in range(3):  # all forms of the graphs are met: the first two updates refresh, the third does not
-            step()
-        optimizer.request_refresh()
-        refreshing, steady = step(), step()
-        evaluation = _evaluate(fake, args, kwargs, counter)
-    uncaptured = [forward.name for forward in forwards if forward.function.failure]
-    persistent = _persistent_bytes(fake, optimizer, [*args, *kwargs.values()])
-    windows = {"": counter.moments(*steady), "refreshing ": counter.moments(*refreshing)}
-    return _prediction(persistent, windows, counter.moments(*evaluation), uncaptured)
+    def play(self, policy: Sequence[float]) -> StepRecord:
+        """A refreshing and a steady step, all forms of the graphs being known by then, and an evaluation.
+
+        Args:
+            policy: for each block the share of its activations that it keeps.
+
+        Raises:
+            ModelError: the model does not run on fake tensors, or does not accept the sample.
+        """
+        self._blocks.set_policy(policy)
+        with self._simulator.playing(self._counter), self._counter:
+            windows = []
+            for refreshes in (True, False):
+                for _ in range(2):  # the first compiles what is new
+                    if refreshes:
+                        self._optimizer.request_refresh()
+                    window = self._step()
+                windows.append(window)
+            if self._evaluation is None:
+                self._evaluation = self._evaluate()
+        refreshing, steady = windows
+        persistent = _persistent_bytes(self._fake, self._optimizer, [*self._args, *self._kwargs.values()])
+        return StepRecord(persistent, steady, refreshing, self._evaluation, tuple(self._blocks.failures))
+
+    def _step(self) -> Window:
+        counter, fake = self._counter, self._fake
+        counter.forget()
+        start = counter.now
+        for _ in range(self._simulator.num_passes):
+            with counter.within("forward", "activations"):
+                loss = _loss_of(fake(*self._args, **self._kwargs))
+            with counter.within("backward", "workspace"):
+                loss.backward()
+                del loss
+            self._calls.end_backward()
+            gradients = [record.leaf.grad for record in self._optimizer.records] + [p.grad for p in fake.parameters()]
+            counter.claim([grad for grad in gradients if grad is not None], "gradients")
+            del gradients
+        with counter.within("update", "workspace"):
+            self._optimizer.step()
+        return self._window(start)
+
+    def _window(self, start: int) -> Window:
+        counter, calls = self._counter, self._calls.take()
+        saved = [counter.saved(*call.forward) for call in calls]
+        block_seconds = [0.0] * len(calls)
+        phase_seconds: dict[str, float] = {}
+        spans = [(c.forward[0], c.forward[1], i) for i, c in enumerate(calls)]
+        spans += [(c.backward, c.end, i) for i, c in enumerate(calls) if c.backward is not None and c.end is not None]
+        for number, phase, seconds in counter.costs:
+            phase_seconds[phase] = phase_seconds.get(phase, 0.0) + seconds
+            for first, end, index in spans:
+                if first <= number < end:
+                    block_seconds[index] += seconds
+        return Window(counter.moments(start, counter.now), calls, saved, block_seconds, phase_seconds)
+
+    def _evaluate(self) -> list[Moment]:
+        counter, fake = self._counter, self._fake
+        counter.forget()
+        start = counter.now
+        fake.eval()
+        with counter.within("eval", "activations"), torch.no_grad():
+            fake(*self._args, **self._kwargs)
+        fake.train()
+        self._calls.take()
+        return counter.moments(start, counter.now)
 
 
-def _step(
-    fake: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    optimizer: SubspaceOptimizer,
-    counter: StorageCounter,
-    num_passes: int,
-) -> tuple[int, int]:
-    """One step; the numbers of its first and of its last event."""
-    start = counter.now
-    for _ in range(num_passes):
-        with counter.within("forward", "activations"):
-            loss = _loss_of(fake(*args, **kwargs))
-        with counter.within("backward", "workspace"):
-            loss.backward()
-            del loss
-        gradients = [record.leaf.grad for record in optimizer.records] + [p.grad for p in fake.parameters()]
-        counter.claim([grad for grad in gradients if grad is not None], "gradients")
-        del gradients
-    with counter.within("update", "workspace"):
-        optimizer.step()
-    return start, counter.now
-
-
-def _evaluate(
-    fake: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], counter: StorageCounter
-) -> tuple[int, int]:
-    start = counter.now
-    fake.eval()
-    with counter.within("eval", "activations"), torch.no_grad():
-        fake(*args, **kwargs)
-    fake.train()
-    return start, counter.now
+def _watch(fake: nn.Module, blocks: InstalledBlocks, calls: BlockCalls) -> None:
+    for index, forward in enumerate(blocks.forwards):
+        watched = calls.watch(index, forward)
+        whole = forward.module.forward
+        if isinstance(whole, TrainingForward):  # the model is one block
+            whole.original = watched
+        else:
+            forward.module.forward = watched
 
 
 def _loss_of(out: Any) -> Tensor:
@@ -161,7 +222,7 @@ def _loss_of(out: Any) -> Tensor:
 
 
 def _observer(counter: StorageCounter) -> Callable[[str, Tensor | None], Any]:
-    @contextmanager
+    @contextlib.contextmanager
     def observe(what: str, grad: Tensor | None) -> Iterator[None]:
         if grad is not None:
             counter.claim([grad], "gradients")
@@ -205,28 +266,3 @@ def _persistent_bytes(fake: nn.Module, optimizer: SubspaceOptimizer, batch: list
         "optimizer_state": count([t for state in optimizer.state.values() for t in state.values()]),
         "activations": count(batch),
     }
-
-
-def _prediction(
-    persistent: dict[str, int], windows: dict[str, list[Moment]], evaluation: list[Moment], uncaptured: list[str]
-) -> Prediction:
-    kept = sum(persistent.values())
-    phases = {"load": kept}
-    peak, categories = kept, dict(persistent)
-    for prefix, moments in [*windows.items(), ("", evaluation)]:
-        for moment in moments:
-            name = moment.phase if moment.phase in ("refresh", "eval") else prefix + moment.phase
-            phases[name] = max(phases.get(name, 0), kept + moment.total)
-            if kept + moment.total > peak:
-                peak = kept + moment.total
-                categories = {
-                    key: persistent.get(key, 0) + moment.categories.get(key, 0)
-                    for key in {**persistent, **moment.categories}
-                }
-    timeline = [(m.phase, {**persistent, **_added(persistent, m.categories)}) for m in windows[""]]
-    phases["save"] = kept
-    return Prediction(peak, phases, categories, tuple(timeline), tuple(uncaptured))
-
-
-def _added(persistent: dict[str, int], categories: dict[str, int]) -> dict[str, int]:
-    return {key: persistent.get(key, 0) + value for key, value in categories.items()}

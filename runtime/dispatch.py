@@ -116,13 +116,18 @@ def _reason(error: Exception) -> str:
 
 
 class CompiledForward(_StandIn):
-    """A region's forward: which form of it runs now."""
+    """A region's forward: which form of it runs now.
 
-    def __init__(self, name: str, module: nn.Module, original: Callable[..., Any], function: RegionFunction) -> None:
+    Attributes:
+        function: its compiled form, set before the first call.
+    """
+
+    function: RegionFunction
+
+    def __init__(self, name: str, module: nn.Module, original: Callable[..., Any]) -> None:
         super().__init__(module)
         self.name = name
         self.original = original
-        self.function = function
         self._ran_without_grad = False
 
     # Opaque to an outer torch.compile, which would otherwise look into it and lose the projected gradients.

@@ -1,6 +1,5 @@
 """The planner: predicted peaks equal counted ones, a budget is met by what is chosen, and the plan is what runs."""
 
-import copy
 import json
 
 import pytest
@@ -8,10 +7,13 @@ import torch
 from torch import nn
 
 import galore_fx
-from galore_fx import choice
+from galore_fx import Recipe, choice
+from galore_fx.decisions import decide
 from galore_fx.measurement import counted_peak, persistent_bytes
+from galore_fx.request import Request
 from galore_fx.runtime.meter import count_memory
 from galore_fx.simulation import StepSimulator
+from galore_fx.step_record import policy_problem
 from tests.models import adamw, batches, largest_error, llama
 
 IDS = batches(1, 8, 48)[0]
@@ -59,6 +61,7 @@ def test_a_budget_is_met_and_what_is_chosen_loses_nothing():
     model = galore_fx.compile(small(), budget, sample=SAMPLE, strict=True, optimizer=adamw(), rank=8)
     plan = model.galore_fx.plan
     assert plan.fits and plan.chosen and "recomputed" in plan.chosen[0]
+    assert plan.recipe["update"] == "deferred" and min(plan.activation_policy) < 1.0
     plain = galore_fx.compile(small(), strict=True, optimizer=adamw(), rank=8)
     for each in (model, plain):
         for ids in batches(3, 8, 48):
@@ -68,38 +71,42 @@ def test_a_budget_is_met_and_what_is_chosen_loses_nothing():
     assert counted_peak(model, SAMPLE) == plan.peak_bytes <= budget
 
 
-def test_candidates_give_up_time_first_and_rank_last_and_only_what_is_open():
-    decisions = galore_fx.decisions.decide(small(1), None, None, "auto", adamw(), {})
-    found = [candidate.overrides for candidate in choice._candidates(decisions, {})]
-    assert found[0] == {}
-    assert found[1:4] == [{"activation_budget": share} for share in (0.5, 0.2, 0.0)]
-    assert found[4] == {"update": "in-backward"}
-    assert all("rank" in overrides for overrides in found[8:]) and len(found) == 24
-    fixed = galore_fx.decisions.decide(small(1), None, None, "auto", adamw(), {"rank": 8, "max_grad_norm": 1.0})
-    given = {"rank": 8, "max_grad_norm": 1.0}
-    assert len(list(choice._candidates(fixed, given))) == 4, "clipping forbids the update in the backward"
+def candidates(**settings):
+    recipe = settings.pop("recipe", "auto")
+    request = Request(recipe=recipe, optimizer=adamw(), overrides=settings)
+    found = choice._candidates(decide(small(1), request), request)
+    return [(each.request.recipe, {k: v for k, v in each.request.overrides.items()}) for each in found]
 
 
-def test_the_first_that_fits_is_taken_though_a_milder_one_would_be_smaller(monkeypatch):
-    """Against brute force, on made-up peaks that are not monotone."""
-    peaks = {1.0: 90, 0.5: 60, 0.2: 70, 0.0: 50}
+def test_full_rank_is_tried_first_and_rank_is_given_up_last():
+    found = candidates()
+    assert found[:3] == [("full", {}), ("full", {"update": "in-backward"}), ("auto", {"rank": 0.25})]
+    assert found[-1] == ("auto", {"rank": 0.0625, "update": "in-backward"}) and len(found) == 8
 
-    def predict(self, make_decisions):
-        recipe = make_decisions(copy.deepcopy(self._model), {}).recipe
-        peak = 10**9 * (peaks[recipe.activation_budget] - (5 if recipe.update == "in-backward" else 0))
-        return galore_fx.plan_record.Prediction(peak, {}, {"activations": peak}, (), ())
 
-    monkeypatch.setattr(StepSimulator, "predict", predict)
-    for budget in (44, 58, 66):
-        plan = galore_fx.plan(small(1), budget * 10**9, sample=SAMPLE, optimizer=adamw(), rank=8)
-        order = [(share, update) for update in (0, 5) for share in (1.0, 0.5, 0.2, 0.0)]
-        fitting = [pair for pair in order if peaks[pair[0]] - pair[1] <= budget]
-        assert plan.fits is bool(fitting)
-        if fitting:
-            assert plan.recipe["activation_budget"] == fitting[0][0]
-            assert plan.recipe["update"] == ("in-backward" if fitting[0][1] else "deferred")
-        else:
-            assert plan.peak_bytes == 45 * 10**9, "the smallest of all"
+def test_only_what_is_open_is_given_up():
+    assert candidates(rank=8) == [("auto", {"rank": 8}), ("auto", {"rank": 8, "update": "in-backward"})]
+    assert len(candidates(rank=8, max_grad_norm=1.0)) == 1, "clipping forbids the update in the backward"
+    assert candidates(refresh_gap=9)[0] == ("auto", {"refresh_gap": 9, "rank": 0.25}), "projection is wanted"
+    assert candidates(recipe="galore")[0] == ("galore", {})
+    assert len(candidates(recipe=Recipe("auto", rank=4))) == 1, "a Recipe is meant as it is"
+
+
+def test_the_sums_that_the_solver_sees_are_those_of_whole_steps():
+    """For steps in which all blocks keep the same share, and for a mixed one that was never played."""
+    request = Request(optimizer=adamw()(small(3).parameters()), overrides={"rank": 8})
+    simulator = StepSimulator(small(3), SAMPLE, keep_logits=False, micro_batches=1, device="cpu")
+    training = simulator.train(choice._deciding(request))
+    shares = (1.0, 0.0)
+    records = [training.play((share,) * 3) for share in shares]
+    problem = policy_problem(records, 3)
+    for option, record in enumerate(records):
+        assert problem.peak((option,) * 3) == pytest.approx(record.prediction().peak_bytes, rel=0.002)
+    for mixed in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
+        played = training.play([shares[option] for option in mixed]).prediction().peak_bytes
+        assert problem.peak(mixed) == pytest.approx(played, rel=0.01)
+    assert problem.saved[1][0] > 3 * problem.saved[1][1] > 0
+    assert problem.seconds[1][1] > problem.seconds[1][0] > 0, "recomputation takes time"
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes():

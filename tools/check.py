@@ -19,7 +19,7 @@ def main() -> int:
         [sys.executable, "tools/typecheck.py"],
     ]
     if "--fast" not in sys.argv[1:]:
-        checks.append([sys.executable, "-m", "pytest", "-q", "--durations=10"])
+        checks.append([sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=10"])
     failed = 0
     for command in checks:
         print("$", *command[1:], flush=True)

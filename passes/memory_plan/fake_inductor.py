@@ -8,8 +8,9 @@ Everything here is private to Inductor (torch 2.11 to 2.13) and patched for the 
 """
 
 import contextlib
+import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -22,10 +23,14 @@ from torch._inductor.graph import GraphLowering
 
 
 @contextlib.contextmanager
-def lowering_only() -> Iterator[None]:
-    """Within it, what Inductor compiles runs on fake tensors and can run on no others."""
+def lowering_only(on_kernel: Callable[[Sequence[Any]], None]) -> Iterator[None]:
+    """Within it, what Inductor compiles runs on fake tensors and can run on no others.
+
+    Args:
+        on_kernel: called with the arguments of each kernel that would have run.
+    """
     with (
-        mock.patch.object(GraphLowering, "compile_to_module", _load_on_fakes),
+        mock.patch.object(GraphLowering, "compile_to_module", functools.partialmethod(_load_on_fakes, on_kernel)),
         # The kernels are never built; asking which vector instructions there are would run the C++ compiler.
         mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", list),
         # A hit in a cache would bring back a real kernel, and a fake one must not be left there.
@@ -35,14 +40,14 @@ def lowering_only() -> Iterator[None]:
         yield
 
 
-def _load_on_fakes(graph: GraphLowering) -> types.ModuleType:
+def _load_on_fakes(graph: GraphLowering, on_kernel: Callable[[Sequence[Any]], None]) -> types.ModuleType:
     """In place of ``compile_to_module``: the generated wrapper with fake allocations and without kernels."""
     code, _ = graph.codegen()
     source = code.value.replace("from torch._inductor.async_compile import AsyncCompile", "")
     module = types.ModuleType("galore_fx_wrapper_on_fakes")
     module.__file__ = "<wrapper>"
     scope = vars(module)
-    scope.update(graph.constants, AsyncCompile=_NoKernels, **graph.torchbind_constants)
+    scope.update(graph.constants, AsyncCompile=lambda: _NoKernels(on_kernel), **graph.torchbind_constants)
     exec(compile(source, module.__file__, "exec"), scope)
     scope.update(
         empty_strided_cpu=_empty_on("cpu"),
@@ -55,13 +60,19 @@ def _load_on_fakes(graph: GraphLowering) -> types.ModuleType:
 
 
 class _NoKernels:
-    """Stands for Inductor's ``AsyncCompile``: every kernel it is given becomes one that does nothing."""
+    """Stands for Inductor's ``AsyncCompile``: every kernel it is given becomes one that computes nothing."""
+
+    def __init__(self, on_kernel: Callable[[Sequence[Any]], None]) -> None:
+        self._on_kernel = on_kernel
 
     def wait(self, _scope: dict[str, Any]) -> None:
         return None
 
     def __getattr__(self, _language: str) -> Callable[..., Any]:
-        return lambda *_source, **_settings: _nothing
+        return lambda *_source, **_settings: self._run
+
+    def _run(self, *arguments: Any, **_settings: Any) -> None:
+        self._on_kernel(arguments)
 
 
 def _nothing(*_arguments: Any, **_settings: Any) -> None:

@@ -75,7 +75,8 @@ def plan_parameters(
         }
         entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, role.description, role.shared_with))
     names = tuple(region.name for region in regions)
-    return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries), fixed_bytes)
+    policy = (recipe.activation_budget,) * len(regions)
+    return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries), fixed_bytes, policy)
 
 
 def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:

@@ -24,6 +24,7 @@ from galore_fx.runtime.compatibility import (
 )
 
 Scratch = Callable[[Any, Sequence[Any], Mapping[str, Any]], int]
+Cost = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], float]
 
 
 @dataclasses.dataclass
@@ -51,6 +52,7 @@ class Moment:
 
     phase: str
     categories: dict[str, int]
+    number: int
 
     @property
     def total(self) -> int:
@@ -63,11 +65,14 @@ class StorageCounter(TorchDispatchMode):
 
     Args:
         scratch: bytes that an operation takes for its own duration, from itself and its arguments.
+        cost: seconds that an operation takes, from itself, its arguments and what it returns.
     """
 
-    def __init__(self, scratch: Scratch | None = None) -> None:
+    def __init__(self, scratch: Scratch | None = None, cost: Cost | None = None) -> None:
         super().__init__()
         self._scratch = scratch
+        self._cost = cost
+        self.costs: list[tuple[int, str, float]] = []
         self._own: list[tuple[int, ...]] | _Unknown | None = None
         self.allocations: list[Allocation] = []
         self._alive: dict[int, tuple[Any, Allocation]] = {}
@@ -96,7 +101,18 @@ class StorageCounter(TorchDispatchMode):
             if num_bytes:
                 made = self._event()
                 self.allocations.append(Allocation(num_bytes, self._phase, "workspace", made, self._event()))
+        if self._cost is not None:
+            self.spend(self._cost(func, args, kwargs or {}, out))
         return out
+
+    def spend(self, seconds: float) -> None:
+        """Notes time that passes now."""
+        if seconds:
+            self.costs.append((len(self._phases), self._phase, seconds))
+
+    def forget(self) -> None:
+        """Drops what happened up to now; what is alive stays known."""
+        self.allocations, self.costs = [], []
 
     def learn_sums(self) -> None:
         """Learns how a gradient looks that nobody but the engine holds; called once, with the mode active.
@@ -158,8 +174,14 @@ class StorageCounter(TorchDispatchMode):
         found = []
         for number, category, num_bytes in sorted(changes):
             alive[category] = alive.get(category, 0) + num_bytes
-            found.append(Moment(self._phases[number], dict(alive)))
+            found.append(Moment(self._phases[number], dict(alive), number))
         return found
+
+    def saved(self, start: int, end: int) -> int:
+        """Bytes made between two events that are alive at the second one."""
+        return sum(
+            a.num_bytes for a in self.allocations if start <= a.made < end and (a.freed is None or a.freed >= end)
+        )
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -25,7 +25,7 @@ from galore_fx.runtime.compatibility import FakeTensorMode, compile_graph, curre
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 
 Regions = dict[tuple[object, ...], "CapturedRegion"]
-FinishGraph = Callable[[fx.GraphModule, Sequence[object]], Callable[..., Any]]
+FinishGraph = Callable[[fx.GraphModule, Sequence[object], float], Callable[..., Any]]
 # Regions by their graph, for all models of the process; a region holds no tensor of a model.
 _REGIONS: Regions = {}
 
@@ -40,16 +40,13 @@ class RegionCompiler:
 
     Args:
         regions: where captured regions are kept; those of the process by default.
-        finish: makes a callable of a graph after all passes; AOTAutograd and Inductor by default.
-        activation_budget: share of the activations that each region keeps, 0 to 1.
+        finish: makes a callable of a graph after all passes, its inputs and the activation budget; AOTAutograd and
+            Inductor by default.
     """
 
-    def __init__(
-        self, regions: Regions | None = None, finish: FinishGraph | None = None, *, activation_budget: float = 1.0
-    ) -> None:
+    def __init__(self, regions: Regions | None = None, finish: FinishGraph = compile_graph) -> None:
         self._regions = _REGIONS if regions is None else regions
-        self._activation_budget = activation_budget
-        self._finish = finish or functools.partial(compile_graph, activation_budget=activation_budget)
+        self._finish = finish
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
         self._weights: dict[CapturedRegion, set[str]] = {}
 
@@ -72,24 +69,32 @@ class RegionCompiler:
         """Names of the projected weights that have gone through a region, of all blocks that share it."""
         return self._weights[region]
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
-        """Captures a graph and compiles the variant that this very call needs."""
-        return self.capture(gm, example_inputs, compile_now=True)
+    def keeping(self, activation_budget: float) -> Callable[..., Any]:
+        """The Dynamo backend for blocks that keep this share of their activations, 0 to 1."""
+        return functools.partial(self.capture, compile_now=True, activation_budget=activation_budget)
 
-    def capture(self, gm: fx.GraphModule, example_inputs: Sequence[object], *, compile_now: bool) -> Callable[..., Any]:
+    def capture(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[object],
+        *,
+        compile_now: bool,
+        activation_budget: float = 1.0,
+    ) -> Callable[..., Any]:
         """Captures a graph; what it returns runs the variant that its inputs' records ask for.
 
         Args:
             gm: the graph, as Dynamo gives it.
             example_inputs: its inputs.
-            compile_now: compile a variant already, and not when it is first run.
+            compile_now: compile the variant that this very call needs already, and not when it is first run.
+            activation_budget: share of the activations that is kept.
         """
         gm, pass_records = run_passes(copy_graph(gm), example_inputs, [inline_checkpoints, slice_single_indices])
         identity = _graph_identity(gm)
-        key = None if identity is None else (*identity, self._activation_budget)
+        key = None if identity is None else (*identity, activation_budget)
         region = self._regions.get(key) if key is not None else None
         if region is None:
-            region = CapturedRegion(gm, pass_records, self._finish)
+            region = CapturedRegion(gm, pass_records, self._finish, activation_budget)
             if key is not None:
                 self._regions[key] = region
         used, weights = self._used.setdefault(region, set()), self._weights.setdefault(region, set())
@@ -117,9 +122,12 @@ class CapturedRegion:
         pass_records: what each pass did: to the graph itself, and then for each variant.
     """
 
-    def __init__(self, gm: fx.GraphModule, pass_records: list[PassRecord], finish: FinishGraph) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, pass_records: list[PassRecord], finish: FinishGraph, activation_budget: float
+    ) -> None:
         self.pass_records: list[list[PassRecord]] = [pass_records]
         self._finish = finish
+        self._activation_budget = activation_budget
         self._capturing = True
         self._gm = gm
         self._context = current_tracing_context()
@@ -191,7 +199,7 @@ class CapturedRegion:
             gm, pass_records = run_passes(copy_graph(self._gm), inputs, passes)
             self.pass_records.append(pass_records)
             num_guards = len(fake_mode.shape_env.guards)
-            compiled = self._finish(gm, inputs)
+            compiled = self._finish(gm, inputs, self._activation_budget)
         # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
         unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
         return gm.forward if unchecked else compiled

@@ -1,0 +1,90 @@
+"""How long an operation takes at least: its arithmetic at the device's rate, or its bytes at the memory's.
+
+For ranking alternatives of one model on one device, and the shares of a step; no promise of seconds.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from galore_fx.runtime.compatibility import outside_all_modes, tree_leaves
+
+_MADE_NOT_FILLED = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """A device's rates.
+
+    Attributes:
+        flops: floating-point operations per second of a matrix product, by dtype.
+        bytes_per_second: of its memory.
+        source: where the numbers are from.
+    """
+
+    flops: Mapping[torch.dtype, float]
+    bytes_per_second: float
+    source: str
+
+    def seconds(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+        """The bound for one ``OpOverload``; 0 for a view or an allocation. Tensors may be fake."""
+        if getattr(func, "is_view", False) or func.name().partition(".")[0] in _MADE_NOT_FILLED:
+            return 0.0
+        tensors = [value for value in (*args, *kwargs.values(), out) if isinstance(value, Tensor)]
+        return max(self._arithmetic(func, args, kwargs, out), self.transfer(tensors))
+
+    def transfer(self, tensors: Sequence[Any]) -> float:
+        """Seconds in which the memory moves all of some tensors once."""
+        return sum(value.nbytes for value in tensors if isinstance(value, Tensor)) / self.bytes_per_second
+
+    def _arithmetic(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+        packet = func.overloadpacket
+        if packet is _CPU_ATTENTION:
+            flops = sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
+        elif packet is _CPU_ATTENTION_BACKWARD:
+            flops = sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape)
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
+        else:
+            return 0.0
+        dtype = next(value.dtype for value in tree_leaves(args) if isinstance(value, Tensor))
+        return float(flops) / self.flops.get(dtype, self.flops[torch.float32])
+
+
+# Dense tensor-core rate with float32 accumulation, and memory bandwidth: NVIDIA Ada GPU Architecture whitepaper v2.1,
+# appendix A, GeForce RTX 4090.
+RTX_4090 = Roofline(
+    {torch.float32: 82.6e12, torch.bfloat16: 165.2e12, torch.float16: 165.2e12}, 1008e9, "RTX 4090, data sheet"
+)
+
+
+@functools.cache
+def this_cpu() -> Roofline:
+    """The rates of this machine's CPU: the best of three 512 x 512 products and of three copies of 64 MB."""
+    flops = {dtype: 2 * 512**3 / _best(_product(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    source, target = torch.ones(2**24), torch.empty(2**24)
+    bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
+    return Roofline(flops, bandwidth, "measured on this CPU")
+
+
+def _product(dtype: torch.dtype) -> Any:
+    matrix = torch.ones((512, 512), dtype=dtype)
+    return lambda: matrix @ matrix
+
+
+def _best(work: Any) -> float:
+    times = []
+    with outside_all_modes(), torch.no_grad():
+        for _ in range(4):  # the first warms up
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
