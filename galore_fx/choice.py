@@ -2,8 +2,7 @@
 
 Settings stand in the order of what they give up: nothing; the gradients that outlive the backward (no accumulation, no
 clipping); the full rank, and then rank. Under each of them the activation policy is chosen by an exact solver: the
-fastest for which every moment of the step fits. The solver works on sums of what single blocks take; its choice is then
-simulated as a whole, and where the sums were too low it is asked again with that much less.
+fastest for which every moment of the step fits.
 """
 
 import dataclasses
@@ -17,18 +16,17 @@ from tqdm import tqdm
 from galore_fx.decisions import Decisions, decide
 from galore_fx.errors import SettingError
 from galore_fx.optimizer_choice import for_a_copy
-from galore_fx.passes.memory_plan.activation_policy import fastest_within, least_peak
+from galore_fx.passes.memory_plan.activation_policy import Choice, fastest_within, least_peak
+from galore_fx.passes.memory_plan.step_model import StepModel
 from galore_fx.plan_record import Plan
 from galore_fx.request import Request
 from galore_fx.simulation import Decide, FakeTraining, StepSimulator
-from galore_fx.step_record import StepRecord, policy_problem
 
 ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
 RANKS = (0.25, 0.125, 0.0625)
 # On CUDA, until a GPU has verified the simulation: context and libraries, and a share for fragmentation and workspaces.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CUDA_MARGIN = 0.1
-_MAX_NUM_CORRECTIONS = 3
 # Parts that mean something only where weights are projected: who sets one wants projection.
 _OF_PROJECTION = ("rank", "project", "basis", "refresh", "refresh_gap", "stagger", "scale")
 
@@ -65,8 +63,8 @@ def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
     # An instance of the user's is over the model's parameters and already checked.
     request = dataclasses.replace(request, sample=None, optimizer=wanted.optimizer)
     if wanted.plan.budget_bytes is None:
-        record = simulator.train(_deciding(request)).play(wanted.plan.activation_policy)
-        return dataclasses.replace(wanted, plan=_predicted(wanted.plan, record, device))
+        search = _PolicySearch(simulator.train(_deciding(request)), wanted.plan, device, ())
+        return dataclasses.replace(wanted, plan=search.as_given())
     smallest: Decisions | None = None
     candidates = list(_candidates(wanted, request))
     with tqdm(candidates, desc="planning", unit="plan", disable=None, leave=False, delay=2) as progress:
@@ -76,7 +74,7 @@ def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
                 continue  # what is kept exceeds the budget before any activation
             share_is_open = "activation_budget" not in request.overrides and isinstance(request.recipe, str)
             search = _PolicySearch(simulator.train(_deciding(candidate.request)), chosen.plan, device, candidate.words)
-            plan = search.best() if share_is_open else search.plan(chosen.plan.activation_policy)
+            plan = search.best() if share_is_open else search.as_given()
             if smallest is None or plan.within_budget or plan.peak_bytes < smallest.plan.peak_bytes:
                 smallest = dataclasses.replace(chosen, plan=plan)
             if plan.within_budget:
@@ -97,43 +95,39 @@ class _PolicySearch:
 
     def __init__(self, training: FakeTraining, plan: Plan, device: str, words: tuple[str, ...]) -> None:
         self._training, self._plan, self._device, self._words = training, plan, device, words
-        assert plan.budget_bytes is not None
-        self._budget = plan.budget_bytes
-        self._num_blocks = len(plan.regions)
 
-    def plan(self, policy: tuple[float, ...]) -> Plan:
-        """The plan with a policy, simulated."""
+    def as_given(self) -> Plan:
+        """The plan with the policy that it has."""
+        share = self._plan.activation_policy[0]
+        return self._predicted(self._training.model([share]), (0,) * len(self._plan.regions))
+
+    def best(self) -> Plan:
+        """The fastest policy that fits, else the one of the lowest peak."""
+        kept = self.as_given()
+        if kept.within_budget:
+            return kept
+        model = self._training.model(ACTIVATION_BUDGETS)
+        problem = model.problem()
+        assert self._plan.budget_bytes is not None
+        choice = fastest_within(problem, _largest_peak(self._plan.budget_bytes, self._device))
+        return self._predicted(model, least_peak(problem) if choice is None else choice)
+
+    def _predicted(self, model: StepModel, choice: Choice) -> Plan:
+        prediction = model.prediction(choice, self._training.uncaptured)
+        policy = tuple(model.shares[option] for option in choice)
         words = self._words
-        if set(policy) != {1.0}:
+        if policy != self._plan.activation_policy:
             counts = {share: policy.count(share) for share in sorted(set(policy), reverse=True)}
             told = ", ".join(f"{number} blocks keep {share:g}" for share, number in counts.items())
             words = (*words, f"activations are recomputed: of what they save, {told}")
-        plan = dataclasses.replace(self._plan, activation_policy=policy, chosen=words)
-        return _predicted(plan, self._training.play(policy), self._device)
-
-    def best(self) -> Plan:
-        """The fastest policy that fits, else the smallest."""
-        uniform = self.plan((1.0,) * self._num_blocks)
-        if uniform.within_budget:
-            return uniform
-        records = [self._training.play((share,) * self._num_blocks) for share in ACTIVATION_BUDGETS]
-        problem = policy_problem(records, self._num_blocks)
-        # What the simulated peak may be, so that peak and reserve together are within the budget.
-        limit = _largest_peak(self._budget, self._device)
-        smallest = self.plan(_shares(least_peak(problem)))
-        for _ in range(_MAX_NUM_CORRECTIONS):
-            choice = fastest_within(problem, limit)
-            if choice is None:
-                break
-            plan = self.plan(_shares(choice))
-            if plan.within_budget:
-                return plan
-            limit -= plan.peak_bytes - self._budget
-        return smallest
-
-
-def _shares(choice: tuple[int, ...]) -> tuple[float, ...]:
-    return tuple(ACTIVATION_BUDGETS[option] for option in choice)
+        return dataclasses.replace(
+            self._plan,
+            activation_policy=policy,
+            chosen=words,
+            prediction=prediction,
+            estimated=self._device != "cpu",
+            reserve_bytes=_reserve(prediction.peak_bytes, self._device),
+        )
 
 
 def _reserve(peak_bytes: int, device: str) -> int:
@@ -143,16 +137,6 @@ def _reserve(peak_bytes: int, device: str) -> int:
 def _largest_peak(budget_bytes: int, device: str) -> int:
     """The highest peak that leaves room for its reserve."""
     return budget_bytes if device == "cpu" else int((budget_bytes - CUDA_CONTEXT_BYTES) / (1 + CUDA_MARGIN))
-
-
-def _predicted(plan: Plan, record: StepRecord, device: str) -> Plan:
-    prediction = record.prediction()
-    return dataclasses.replace(
-        plan,
-        prediction=prediction,
-        estimated=device != "cpu",
-        reserve_bytes=_reserve(prediction.peak_bytes, device),
-    )
 
 
 def _candidates(wanted: Decisions, request: Request) -> Iterator[Candidate]:

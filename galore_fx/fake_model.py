@@ -1,8 +1,9 @@
 """A model and a batch as fake tensors on the CPU: shapes and dtypes without a byte behind them."""
 
 import copy
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -20,10 +21,17 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
 
 
-def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def fake_copy(
+    model: nn.Module, mode: FakeTensorMode, copier: Callable[[nn.Module], nn.Module] = copy.deepcopy
+) -> nn.Module:
     """A copy of the model as it was before any compilation, in training mode.
 
     Parameters of the meta device or of a GPU become fake CPU tensors: fake GPU tensors need a GPU build of torch.
+
+    Args:
+        model: any model.
+        mode: the fake tensors' mode.
+        copier: makes the copy.
 
     Raises:
         ModelError: not a module.
@@ -32,7 +40,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         raise ModelError(f"a {type(model).__name__} is not an nn.Module")
     with warnings.catch_warnings(), FakeCopyMode(mode):
         warnings.simplefilter("ignore")  # that the copy of a compiled model is plain is what is wanted
-        fake = copy.deepcopy(model)
+        fake = copier(model)
     vars(fake).pop("galore_fx", None)
     moved: dict[int, Tensor] = {}
     for module in fake.modules():
@@ -70,10 +78,7 @@ def as_if_real() -> Iterator[None]:
     number, an int with 0 ("no error"). transformers asks whether it is being traced, and would build attention masks
     that a training step does not build.
     """
-    try:
-        from transformers import masking_utils
-    except ImportError:
-        masking_utils = None
+    masking_utils = sys.modules.get("transformers.masking_utils")
     known = hasattr(masking_utils, "is_tracing")
     with mock.patch.object(masking_utils, "is_tracing", _is_compiling) if known else nullcontext(), _HealthyNumbers():
         yield

@@ -5,6 +5,7 @@
     all that is eager       ->  runs as it is (head and loss, hooks, clipping, refreshes)
     StorageCounter          ->  what lives at each moment, and what it is for
     BlockCalls              ->  which block runs then
+    StepModel               ->  of a row of equal blocks three are played, and stand for all
 
 Exact in float32 on a CPU (docs/plan_accuracy.md). What library kernels allocate inside themselves (oneDNN's scratch for
 bfloat16 products, attention's workspaces) is measured where the training is to run on this machine's CPU, else unknown.
@@ -30,15 +31,17 @@ from galore_fx.optimizer_build import build_optimizer
 from galore_fx.passes.memory_plan.block_calls import BlockCalls
 from galore_fx.passes.memory_plan.fake_inductor import lowering_only
 from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
+from galore_fx.passes.memory_plan.repeated_blocks import deepcopy_short, short_lists, stand_ins
 from galore_fx.passes.memory_plan.roofline import RTX_4090, this_cpu
-from galore_fx.passes.memory_plan.storage_counter import Moment, StorageCounter
+from galore_fx.passes.memory_plan.step_model import PlayedStep, StepModel, played_step
+from galore_fx.passes.memory_plan.storage_counter import StorageCounter
+from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
+from galore_fx.plan_record import Prediction
 from galore_fx.runtime.dispatch import TrainingForward
-from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.sample_check import describe_sample
-from galore_fx.step_record import StepRecord, Window
 
 Decide = Callable[[nn.Module, Variants], Decisions]
 
@@ -66,22 +69,27 @@ class StepSimulator:
         self._rates = this_cpu() if device == "cpu" else RTX_4090
         self._counter: StorageCounter | None = None
 
-    def train(self, make_decisions: Decide) -> "FakeTraining":
+    def train(self, make_decisions: Decide, *, short: bool = True) -> "FakeTraining":
         """A training whose steps can be played.
 
         Args:
             make_decisions: what ``compile`` would decide about a copy of the model.
+            short: play three blocks of each row of equal ones, and let the second stand for the rest.
 
         Raises:
             ModelError: the model does not run on fake tensors.
         """
-        fake = fake_copy(self._model, self._mode)
+        regions = find_regions(self._model)
+        members = stand_ins(self._model, regions) if short else tuple((i,) for i in range(len(regions)))
+        cut = short_lists(self._model, regions, members)
+        fake = fake_copy(self._model, self._mode, lambda model: deepcopy_short(model, cut))
         decisions = make_decisions(fake, self._variants)
         for group in decisions.optimizer.param_groups:
             decisions.updates.prepare(group)
         counter = StorageCounter(self._scratch, self._rates.seconds)
+        num_elements = sum(p.numel() for p in self._model.parameters())
         with self.playing(counter):
-            return FakeTraining(self, fake, decisions, counter, RegionCompiler(self._regions))
+            return FakeTraining(self, fake, decisions, counter, RegionCompiler(self._regions), members, num_elements)
 
     @contextlib.contextmanager
     def playing(self, counter: StorageCounter) -> Iterator[None]:
@@ -109,7 +117,7 @@ class StepSimulator:
 
 
 class FakeTraining:
-    """A model on fake tensors with its optimizer; ``play`` runs steps of it. Made by ``StepSimulator.train``."""
+    """A model on fake tensors with its optimizer, whose steps are played. Made by ``StepSimulator.train``."""
 
     def __init__(
         self,
@@ -118,9 +126,13 @@ class FakeTraining:
         decisions: Decisions,
         counter: StorageCounter,
         compiler: RegionCompiler,
+        members: Sequence[Sequence[int]],
+        num_elements: int,
     ) -> None:
         endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9)  # refreshes come when they are asked for
         self._simulator, self._fake, self._counter = simulator, fake, counter
+        self._members = members
+        self._update_scale = num_elements / sum(p.numel() for p in fake.parameters())
         self._args, self._kwargs = simulator.batch()
         self._optimizer = build_optimizer(
             fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer
@@ -128,38 +140,53 @@ class FakeTraining:
         self._optimizer.observe = _observer(counter)
         self._calls = BlockCalls(counter)
         head = None if simulator.keep_logits else _CountedHead(counter)
+        self._modules = [region.module for region in decisions.regions]
         policy = decisions.plan.activation_policy
         self._blocks = install(fake, decisions.regions, compiler, head, policy=policy, strict=False)
         _watch(fake, self._blocks, self._calls)
-        self._evaluation: list[Moment] | None = None
+        self._played: dict[float, list[PlayedStep]] = {}
+        self._evaluation: PlayedStep | None = None
         with counter:
             counter.learn_sums()
 
-    def play(self, policy: Sequence[float]) -> StepRecord:
-        """A refreshing and a steady step, all forms of the graphs being known by then, and an evaluation.
-
-        Args:
-            policy: for each block the share of its activations that it keeps.
+    def model(self, shares: Sequence[float]) -> StepModel:
+        """Steps of the whole model, in which each block keeps one of these shares of its activations.
 
         Raises:
             ModelError: the model does not run on fake tensors, or does not accept the sample.
         """
+        for share in shares:
+            if share not in self._played:
+                self._played[share] = self._play([share] * len(self._members))
+        played = {share: self._played[share] for share in shares}
+        return StepModel(played, self._members, self._persistent(), self._update_scale)
+
+    def play_whole(self, policy: Sequence[float]) -> Prediction:
+        """Steps in which each block that is played keeps its own share, as they are: what ``model`` must equal."""
+        model = StepModel({0.0: self._play(policy)}, self._members, self._persistent(), self._update_scale)
+        return model.prediction((0,) * len(policy), self.uncaptured)
+
+    @property
+    def uncaptured(self) -> tuple[str, ...]:
+        """Blocks that run uncompiled."""
+        return tuple(self._blocks.failures)
+
+    def _play(self, policy: Sequence[float]) -> list[PlayedStep]:
+        """A steady and a refreshing step, all forms of the graphs being known by then, and an evaluation."""
         self._blocks.set_policy(policy)
         with self._simulator.playing(self._counter), self._counter:
-            windows = []
-            for refreshes in (True, False):
+            found = []
+            for name in ("refreshing ", ""):
                 for _ in range(2):  # the first compiles what is new
-                    if refreshes:
+                    if name:
                         self._optimizer.request_refresh()
-                    window = self._step()
-                windows.append(window)
+                    step = self._step(name)
+                found.append(step)
             if self._evaluation is None:
                 self._evaluation = self._evaluate()
-        refreshing, steady = windows
-        persistent = _persistent_bytes(self._fake, self._optimizer, [*self._args, *self._kwargs.values()])
-        return StepRecord(persistent, steady, refreshing, self._evaluation, tuple(self._blocks.failures))
+        return [*reversed(found), self._evaluation]
 
-    def _step(self) -> Window:
+    def _step(self, name: str) -> PlayedStep:
         counter, fake = self._counter, self._fake
         counter.forget()
         start = counter.now
@@ -169,38 +196,60 @@ class FakeTraining:
             with counter.within("backward", "workspace"):
                 loss.backward()
                 del loss
-            self._calls.end_backward()
+            self._calls.settle()
             gradients = [record.leaf.grad for record in self._optimizer.records] + [p.grad for p in fake.parameters()]
             counter.claim([grad for grad in gradients if grad is not None], "gradients")
             del gradients
         with counter.within("update", "workspace"):
             self._optimizer.step()
-        return self._window(start)
+        return self._sorted(name, start)
 
-    def _window(self, start: int) -> Window:
-        counter, calls = self._counter, self._calls.take()
-        saved = [counter.saved(*call.forward) for call in calls]
-        block_seconds = [0.0] * len(calls)
-        phase_seconds: dict[str, float] = {}
-        spans = [(c.forward[0], c.forward[1], i) for i, c in enumerate(calls)]
-        spans += [(c.backward, c.end, i) for i, c in enumerate(calls) if c.backward is not None and c.end is not None]
-        for number, phase, seconds in counter.costs:
-            phase_seconds[phase] = phase_seconds.get(phase, 0.0) + seconds
-            for first, end, index in spans:
-                if first <= number < end:
-                    block_seconds[index] += seconds
-        return Window(counter.moments(start, counter.now), calls, saved, block_seconds, phase_seconds)
-
-    def _evaluate(self) -> list[Moment]:
+    def _evaluate(self) -> PlayedStep:
         counter, fake = self._counter, self._fake
         counter.forget()
         start = counter.now
         fake.eval()
         with counter.within("eval", "activations"), torch.no_grad():
-            fake(*self._args, **self._kwargs)
+            out = fake(*self._args, **self._kwargs)
+            self._calls.settle()
+            del out
         fake.train()
-        self._calls.take()
-        return counter.moments(start, counter.now)
+        return self._sorted("eval", start)
+
+    def _sorted(self, name: str, start: int) -> PlayedStep:
+        counter, calls = self._counter, self._calls.take()
+        moments = counter.moments(start, counter.now)
+        saved = [counter.alive_at(c.forward[1], c.forward) if c.backward else {} for c in calls]
+        left = [counter.alive_at(c.settled, c.backward or c.forward) for c in calls]
+        return played_step(name, calls, moments, saved, left, counter.costs)
+
+    def _persistent(self) -> dict[str, int]:
+        """What lives through the whole step, each storage once; of a block as often as it stands for others."""
+        seen: set[int] = set()
+        optimizer = self._optimizer
+        records = {id(record.weight): record for record in optimizer.records}
+
+        def count(tensors: Any) -> int:
+            storages = {id(t.untyped_storage()): t.untyped_storage() for t in tensors if isinstance(t, Tensor)}
+            new = {key: storage for key, storage in storages.items() if key not in seen}
+            seen.update(new)
+            return sum(storage.nbytes() for storage in new.values())
+
+        def count_module(module: nn.Module) -> dict[str, int]:
+            parameters = list(module.parameters())
+            own = [records[id(p)] for p in parameters if id(p) in records]
+            states = [optimizer.state[p] for p in parameters if p in optimizer.state]
+            return {
+                "weights": count([*parameters, *module.buffers()]),
+                "bases": count([t for r in own for t in (r.basis, r.leaf, r.sketch_leaf)]),
+                "optimizer_state": count([t for state in states for t in state.values()]),
+            }
+
+        found: dict[str, int] = {}
+        for module, members in [*zip(self._modules, self._members, strict=True), (self._fake, (0,))]:
+            for key, num_bytes in count_module(module).items():
+                found[key] = found.get(key, 0) + len(members) * num_bytes
+        return {**found, "activations": count([*self._args, *self._kwargs.values()])}
 
 
 def _watch(fake: nn.Module, blocks: InstalledBlocks, calls: BlockCalls) -> None:
@@ -248,21 +297,3 @@ class _CountedHead(HeadCompiler):
                 return forward(*inputs)
 
         return counted
-
-
-def _persistent_bytes(fake: nn.Module, optimizer: SubspaceOptimizer, batch: list[Any]) -> dict[str, int]:
-    """What lives through the whole step, each storage once."""
-    seen: set[int] = set()
-
-    def count(tensors: Any) -> int:
-        storages = {id(t.untyped_storage()): t.untyped_storage() for t in tensors if isinstance(t, Tensor)}
-        new = {key: storage for key, storage in storages.items() if key not in seen}
-        seen.update(new)
-        return sum(storage.nbytes() for storage in new.values())
-
-    return {
-        "weights": count([*fake.parameters(), *fake.buffers()]),
-        "bases": count([t for r in optimizer.records for t in (r.basis, r.leaf, r.sketch_leaf)]),
-        "optimizer_state": count([t for state in optimizer.state.values() for t in state.values()]),
-        "activations": count(batch),
-    }

@@ -19,11 +19,11 @@ def problems(draw):
     per_option = lambda value: st.tuples(*[value] * num_options)  # noqa: E731
     saved = tuple(draw(per_option(SIZES)) for _ in range(num_blocks))
     seconds = tuple(draw(per_option(st.integers(0, 1000).map(float))) for _ in range(num_blocks))
-    moments = [MomentBytes(tuple(range(num_blocks)), None, (draw(SIZES),))]
+    moments = [MomentBytes(tuple(enumerate(saved)), None, (draw(SIZES),))]
     for block in range(num_blocks):
         for _ in range(2):
-            moments.append(MomentBytes(tuple(range(block)), block, draw(per_option(SIZES))))
-    return PolicyProblem(saved, seconds, tuple(moments))
+            moments.append(MomentBytes(tuple(enumerate(saved[:block])), block, draw(per_option(SIZES))))
+    return PolicyProblem(seconds, tuple(moments))
 
 
 def every_choice(problem):
@@ -46,8 +46,8 @@ def test_the_solver_equals_brute_force(problem, share):
 
 def test_alternatives_that_are_not_monotone_are_all_considered():
     """The middle one has the highest peak; a search that goes on from the last fitting one would miss the third."""
-    moments = (MomentBytes((), 0, (90, 100, 50)), MomentBytes((0,), None, (0,)))
-    problem = PolicyProblem(((40, 20, 10),), ((1.0, 2.0, 3.0),), moments)
+    moments = (MomentBytes((), 0, (90, 100, 50)), MomentBytes(((0, (40, 20, 10)),), None, (0,)))
+    problem = PolicyProblem(((1.0, 2.0, 3.0),), moments)
     assert fastest_within(problem, 95) == (0,)
     assert fastest_within(problem, 89) == (2,)
     assert fastest_within(problem, 49) is None
@@ -57,8 +57,9 @@ def test_alternatives_that_are_not_monotone_are_all_considered():
 def test_only_as_many_blocks_recompute_as_must():
     """80 equal blocks: the exact optimum is known, and is found at once."""
     num = 80
-    moments = [MomentBytes(tuple(range(block)), block, (30, 45, 40)) for block in range(num)]
-    problem = PolicyProblem(((100, 50, 10),) * num, ((1.0, 1.2, 1.3),) * num, tuple(moments))
+    saved = tuple((block, (100, 50, 10)) for block in range(num))
+    moments = [MomentBytes(saved[:block], block, (30, 45, 40)) for block in range(num)]
+    problem = PolicyProblem(((1.0, 1.2, 1.3),) * num, tuple(moments))
     choice = fastest_within(problem, 79 * 100 + 30)
     assert choice is not None and set(choice) == {0}
     choice = fastest_within(problem, 79 * 100 + 30 - 50 * 9)

@@ -13,7 +13,6 @@ from galore_fx.measurement import counted_peak, persistent_bytes
 from galore_fx.request import Request
 from galore_fx.runtime.meter import count_memory
 from galore_fx.simulation import StepSimulator
-from galore_fx.step_record import policy_problem
 from tests.models import adamw, batches, largest_error, llama
 
 IDS = batches(1, 8, 48)[0]
@@ -92,21 +91,22 @@ def test_only_what_is_open_is_given_up():
     assert len(candidates(recipe=Recipe("auto", rank=4))) == 1, "a Recipe is meant as it is"
 
 
-def test_the_sums_that_the_solver_sees_are_those_of_whole_steps():
-    """For steps in which all blocks keep the same share, and for a mixed one that was never played."""
-    request = Request(optimizer=adamw()(small(3).parameters()), overrides={"rank": 8})
-    simulator = StepSimulator(small(3), SAMPLE, keep_logits=False, micro_batches=1, device="cpu")
-    training = simulator.train(choice._deciding(request))
-    shares = (1.0, 0.0)
-    records = [training.play((share,) * 3) for share in shares]
-    problem = policy_problem(records, 3)
-    for option, record in enumerate(records):
-        assert problem.peak((option,) * 3) == pytest.approx(record.prediction().peak_bytes, rel=0.002)
-    for mixed in ((0, 1, 1), (1, 0, 1), (1, 1, 0)):
-        played = training.play([shares[option] for option in mixed]).prediction().peak_bytes
-        assert problem.peak(mixed) == pytest.approx(played, rel=0.01)
-    assert problem.saved[1][0] > 3 * problem.saved[1][1] > 0
-    assert problem.seconds[1][1] > problem.seconds[1][0] > 0, "recomputation takes time"
+@pytest.mark.parametrize("settings", [{}, {"update": "in-backward"}], ids=["deferred", "in-backward"])
+def test_three_blocks_stand_for_six_and_policies_are_sums(settings):
+    """Peaks by phase, from blocks played once, against steps of the whole model with blocks of different shares."""
+    request = Request(optimizer=adamw()(small(6).parameters()), overrides={"rank": 8, **settings})
+    simulator = StepSimulator(small(6), SAMPLE, keep_logits=False, micro_batches=1, device="cpu")
+    short, whole = (simulator.train(choice._deciding(request), short=short) for short in (True, False))
+    model = short.model((1.0, 0.0))
+    problem = model.problem()
+    for policy in ((0,) * 6, (1,) * 6, (0, 1, 1, 0, 1, 0)):
+        found = model.prediction(policy, ())
+        played = whole.play_whole([model.shares[option] for option in policy])
+        assert found.phases == played.phases and found.peak_bytes == played.peak_bytes == problem.peak(policy)
+        assert found.categories == played.categories
+    fast, slow = model.prediction((0,) * 6, ()).seconds, model.prediction((1,) * 6, ()).seconds
+    assert slow["recompute"] > 0 and "recompute" not in fast and fast["backward"] == slow["backward"]
+    assert fast["forward"] == pytest.approx(whole.play_whole([1.0] * 6).seconds["forward"])
 
 
 def test_what_does_not_fit_is_refused_before_anything_changes():

@@ -21,12 +21,12 @@ class MomentBytes:
     """One moment of a step.
 
     Attributes:
-        saving: blocks whose saved activations are alive; one that is called twice stands there twice.
+        saving: blocks whose saved activations are alive, each with their bytes by alternative.
         running: the block that runs, None between blocks.
         num_bytes: all other bytes that are alive, for each alternative of the running block; one entry without one.
     """
 
-    saving: tuple[int, ...]
+    saving: tuple[tuple[int, tuple[int, ...]], ...]
     running: int | None
     num_bytes: tuple[int, ...]
 
@@ -36,12 +36,10 @@ class PolicyProblem:
     """The moments of a step, and what they and its duration depend on.
 
     Attributes:
-        saved: bytes that one call of each block leaves for its backward, by block and alternative.
         seconds: time of each block's forward and backward, by block and alternative.
         moments: what must fit.
     """
 
-    saved: tuple[tuple[int, ...], ...]
     seconds: tuple[tuple[float, ...], ...]
     moments: tuple[MomentBytes, ...]
 
@@ -55,7 +53,7 @@ class PolicyProblem:
 
     def _bytes(self, moment: MomentBytes, choice: Choice) -> int:
         own = moment.num_bytes[0 if moment.running is None else choice[moment.running]]
-        return own + sum(self.saved[block][choice[block]] for block in moment.saving)
+        return own + sum(sizes[choice[block]] for block, sizes in moment.saving)
 
 
 def fastest_within(problem: PolicyProblem, limit_bytes: int) -> Choice | None:
@@ -93,7 +91,7 @@ class _Program:
         self._offsets = numpy.concatenate([[0], numpy.cumsum(self._sizes)]).astype(int)
         self._seconds = [value for row in problem.seconds for value in row]
         self._num_variables = len(self._seconds) + 1
-        largest = max(max(m.num_bytes) + sum(max(problem.saved[b]) for b in m.saving) for m in problem.moments)
+        largest = max(max(m.num_bytes) + sum(max(sizes) for _, sizes in m.saving) for m in problem.moments)
         self._unit = max(1.0, largest / _SCALE)
         self._moments = self._rows(problem)
 
@@ -142,8 +140,8 @@ class _Program:
             values.extend(size / self._unit for size in sizes)
 
         for number, moment in enumerate(problem.moments):
-            for block in moment.saving:
-                add(number, block, problem.saved[block])
+            for block, sizes in moment.saving:
+                add(number, block, sizes)
             if moment.running is not None:
                 add(number, moment.running, moment.num_bytes)
             else:

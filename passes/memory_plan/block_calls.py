@@ -1,7 +1,7 @@
-"""Which block of a model runs, and which have saved activations, at each moment of a simulated step."""
+"""Which block of a model runs at each moment of a simulated step, and which have saved or left something."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,15 +16,34 @@ class Call:
 
     Attributes:
         block: index of the block.
+        number: how many calls of this block came before it in the step.
         forward: its first event, and the first after it.
-        backward: where its backward begins, None where it has none.
-        end: where something else goes on after its backward.
+        backward: the same of its backward; None where it has none.
+        settled: the first event after the forward and backward of the whole model.
     """
 
     block: int
+    number: int
     forward: tuple[int, int]
-    backward: int | None = None
-    end: int | None = None
+    backward: tuple[int, int] | None = None
+    settled: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What goes on at a moment; calls are given by their index in the step.
+
+    Attributes:
+        running: the call that runs, None between blocks.
+        runs_backward: whether that is its backward.
+        saving: calls whose activations are saved: the forward is over and the backward has not begun.
+        done: calls that are over; what they have left, gradients or a cache, stays.
+    """
+
+    running: int | None
+    runs_backward: bool
+    saving: tuple[int, ...]
+    done: tuple[int, ...]
 
 
 class BlockCalls:
@@ -35,9 +54,9 @@ class BlockCalls:
     """
 
     def __init__(self, counter: StorageCounter) -> None:
-        self.calls: list[Call] = []
         self._counter = counter
-        self._running: Call | None = None
+        self._calls: list[Call] = []
+        self._running: tuple[Call, int] | None = None
 
     def watch(self, block: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A forward that notes its calls; a backward begins when the gradient of an output is there."""
@@ -47,14 +66,14 @@ class BlockCalls:
                 return forward(*args, **kwargs)
             start = self._counter.now
             out = forward(*args, **kwargs)
-            call = Call(block, (start, self._counter.now))
-            self.calls.append(call)
+            number = sum(call.block == block for call in self._calls)
+            call = Call(block, number, (start, self._counter.now))
+            self._calls.append(call)
 
             def begin(_grad: Tensor) -> None:
-                if call.backward is None:
-                    self.end_backward()
-                    call.backward = self._counter.now
-                    self._running = call
+                if call.backward is None and (self._running is None or self._running[0] is not call):
+                    self._end_backward()
+                    self._running = call, self._counter.now
 
             for value in tree_leaves(out):
                 if isinstance(value, Tensor) and value.requires_grad:
@@ -63,40 +82,35 @@ class BlockCalls:
 
         return watched
 
-    def end_backward(self) -> None:
-        """The backward that runs is over."""
-        if self._running is not None:
-            self._running.end = self._counter.now
-        self._running = None
+    def settle(self) -> None:
+        """A forward and backward of the whole model is over."""
+        self._end_backward()
+        for call in self._calls:
+            call.settled = call.settled or self._counter.now
 
     def take(self) -> list[Call]:
         """The calls since it was last asked."""
-        taken, self.calls = self.calls, []
+        taken, self._calls = self._calls, []
         return taken
 
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """What goes on at one moment.
-
-    Attributes:
-        saving: blocks whose forward is over and whose backward has not begun, by call.
-        running: the call that runs, None between blocks.
-    """
-
-    saving: tuple[int, ...]
-    running: int | None
+    def _end_backward(self) -> None:
+        if self._running is not None:
+            call, start = self._running
+            call.backward = start, self._counter.now
+        self._running = None
 
 
-def scenes(calls: list[Call], moments: Iterable[Moment]) -> Iterator[tuple[Moment, Scene]]:
-    """Each moment with what goes on at it; numbers of a scene are indices into ``calls``."""
-    for moment in moments:
-        now = moment.number
-        saving = tuple(i for i, c in enumerate(calls) if c.backward is not None and c.forward[1] <= now < c.backward)
-        running = next((i for i, c in enumerate(calls) if _runs(c, now)), None)
-        yield moment, Scene(saving, running)
-
-
-def _runs(call: Call, now: int) -> bool:
-    forward = call.forward[0] <= now < call.forward[1]
-    return forward or (call.backward is not None and call.end is not None and call.backward <= now < call.end)
+def scene_at(calls: list[Call], moment: Moment) -> Scene:
+    """What goes on at a moment of a step with these calls."""
+    now, running, runs_backward = moment.number, None, False
+    saving, done = [], []
+    for index, call in enumerate(calls):
+        if call.forward[0] <= now < call.forward[1]:
+            running = index
+        elif call.backward is not None and call.backward[0] <= now < call.backward[1]:
+            running, runs_backward = index, True
+        elif call.backward is not None and call.forward[1] <= now < call.backward[0]:
+            saving.append(index)
+        elif now >= call.forward[1]:
+            done.append(index)
+    return Scene(running, runs_backward, tuple(saving), tuple(done))

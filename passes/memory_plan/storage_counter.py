@@ -177,11 +177,13 @@ class StorageCounter(TorchDispatchMode):
             found.append(Moment(self._phases[number], dict(alive), number))
         return found
 
-    def saved(self, start: int, end: int) -> int:
-        """Bytes made between two events that are alive at the second one."""
-        return sum(
-            a.num_bytes for a in self.allocations if start <= a.made < end and (a.freed is None or a.freed >= end)
-        )
+    def alive_at(self, end: int, made: tuple[int, int]) -> dict[str, int]:
+        """Bytes by category, of what was made in a span of events, that are alive before event ``end``."""
+        found: dict[str, int] = {}
+        for a in self.allocations:
+            if made[0] <= a.made < made[1] and (a.freed is None or a.freed >= end):
+                found[a.category] = found.get(a.category, 0) + a.num_bytes
+        return found
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -1,0 +1,85 @@
+"""Rows of equal blocks in a model, and copies of the model in which such a row is short."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from galore_fx.passes.model_graph.find_regions import Region
+
+_PLAYED = 3  # of a row: its first block, one that stands for all in the middle, its last
+# What tells the layers of one model apart and changes nothing in what they compute.
+_POSITION = ("layer_idx", "layer_id", "layer_number", "layer_index", "idx", "index")
+
+
+def stand_ins(model: nn.Module, regions: Sequence[Region]) -> tuple[tuple[int, ...], ...]:
+    """The blocks to play, in order; for each the blocks that it stands for, itself among them.
+
+    A row is a run of blocks in one ``nn.ModuleList`` that are equal but for their place in it and share no parameter.
+    Of a row longer than three the first, the second and the last are played, and the second stands for all between.
+    """
+    users: dict[int, int] = {}
+    for region in regions:
+        for key in {id(p) for p in region.module.parameters()}:
+            users[key] = users.get(key, 0) + 1
+    kinds = []
+    for region in regions:
+        shared = any(users[id(p)] > 1 for p in region.module.parameters())
+        kinds.append((_owner(region.name), region.name if shared else _kind(region.module)))
+    members: list[tuple[int, ...]] = []
+    for _, row in itertools.groupby(range(len(regions)), key=lambda index: kinds[index]):
+        blocks = tuple(row)
+        if len(blocks) <= _PLAYED or not isinstance(_module(model, _owner(regions[blocks[0]].name)), nn.ModuleList):
+            members += [(block,) for block in blocks]
+        else:
+            members += [blocks[:1], blocks[1:-1], blocks[-1:]]
+    return tuple(members)
+
+
+def short_lists(
+    model: nn.Module, regions: Sequence[Region], members: Sequence[Sequence[int]]
+) -> dict[int, nn.ModuleList]:
+    """For each list with a row that is cut short, by the list's id, a list of the modules that stay."""
+    left_out = {regions[block].name for blocks in members for block in blocks[1:]}
+    cut: dict[int, nn.ModuleList] = {}
+    for owner in {_owner(name) for name in left_out}:
+        modules = _module(model, owner)
+        kept = [child for key, child in modules.named_children() if f"{owner}.{key}" not in left_out]
+        cut[id(modules)] = nn.ModuleList(kept)
+    return cut
+
+
+def deepcopy_short(model: nn.Module, cut: dict[int, nn.ModuleList]) -> nn.Module:
+    """A deep copy in which the lists of ``short_lists`` take the place of those that they were made from."""
+    memo: dict[int, Any] = {}
+    for key, short in cut.items():
+        copied = nn.ModuleList()
+        memo[key] = copied
+        for child in short:
+            copied.append(copy.deepcopy(child, memo))
+    return copy.deepcopy(model, memo)
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name)
+
+
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """What a block is, but for its place: two blocks of one kind compute the same from the same."""
+    described: list[object] = []
+    for name, child in module.named_modules():
+        settings = tuple(
+            (key, value)
+            for key, value in sorted(vars(child).items())
+            if key not in _POSITION and isinstance(value, int | float | str | bool | None)
+        )
+        described.append((name, type(child), settings))
+        tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
+        described += [(key, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for key, t in tensors]
+    return tuple(described)
