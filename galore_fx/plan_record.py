@@ -80,6 +80,8 @@ class Plan:
         estimated: whether the prediction is for a device on which it has not been verified.
         reserve_bytes: kept free for what the simulation cannot see.
         chosen: settings that the planner has chosen to meet the budget, in words.
+        rejected: settings that give up less, in words, and the bytes that they need at least.
+        nearest: where nothing fits, changes that would, in words.
     """
 
     recipe: dict[str, Any]
@@ -93,6 +95,8 @@ class Plan:
     estimated: bool = False
     reserve_bytes: int = 0
     chosen: tuple[str, ...] = ()
+    rejected: tuple[tuple[str, int], ...] = ()
+    nearest: tuple[str, ...] = ()
 
     @property
     def categories(self) -> dict[str, int]:
@@ -149,16 +153,22 @@ class Plan:
             rows.append((f"{kind} peak", format_bytes(self.peak_bytes)))
         if self.budget_bytes is not None:
             rows.append(("budget", format_bytes(self.budget_bytes)))
+            if self.prediction is not None and self.within_budget:
+                rows.append(("headroom", format_bytes(self.budget_bytes - self.peak_bytes)))
         num_projected = sum(p.rank is not None for p in self.parameters)
         title = (
             f"recipe {self.recipe['name']}, {self.optimizer}, {self.recipe['update']} update: "
             f"{num_projected} of {len(self.parameters)} parameters projected"
         )
         parts = [title, *(f"chosen for the budget: {choice}" for choice in self.chosen)]
+        parts += [f"not {words}: needs {format_bytes(size)}" for words, size in self.rejected]
         parts.append(tabulate(rows, headers=("category", "bytes"), colalign=("left", "right")))
         if self.prediction is not None:
             phases = [(name, format_bytes(size)) for name, size in self.phases.items()]
             parts += ["", tabulate(phases, headers=("phase", "peak"), colalign=("left", "right"))]
+            whole = sum(self.prediction.seconds.values())
+            shares = ", ".join(f"{name} {size / whole:.0%}" for name, size in self.prediction.seconds.items())
+            parts += ["", f"time of a steady step, by a roofline: {shares}"]
         return "\n".join(parts)
 
     def to_json(self) -> str:
@@ -205,6 +215,8 @@ class Plan:
                 data["estimated"],
                 data["reserve_bytes"],
                 tuple(data["chosen"]),
+                tuple((words, size) for words, size in data["rejected"]),
+                tuple(data["nearest"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f"not a plan that galore_fx wrote: {error!r}") from error

@@ -58,3 +58,22 @@ def describe_sample(sample: object) -> str:
 
 def _describe(value: object) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def batch_size(sample: object, dim: int) -> int:
+    """The size of a sample's first tensor in a dimension, 0 where it has none: sequences (0) or tokens (1)."""
+    args, kwargs = call_arguments(sample, lambda value: value)
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return tensors[0].shape[dim] if tensors and tensors[0].ndim > dim else 0
+
+
+def shortened(sample: object, dim: int, size: int) -> object:
+    """A sample with fewer sequences (0) or tokens (1): every tensor that has as many as the first one is cut."""
+    before = batch_size(sample, dim)
+
+    def cut(value: Any) -> Any:
+        fits = isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == before
+        return value.narrow(dim, 0, size) if fits else value
+
+    args, kwargs = call_arguments(sample, cut)
+    return kwargs or args

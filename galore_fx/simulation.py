@@ -88,8 +88,9 @@ class StepSimulator:
             decisions.updates.prepare(group)
         counter = StorageCounter(self._scratch, self._rates.seconds)
         num_elements = sum(p.numel() for p in self._model.parameters())
+        compiler = RegionCompiler(self._regions, all_forms=True)
         with self.playing(counter):
-            return FakeTraining(self, fake, decisions, counter, RegionCompiler(self._regions), members, num_elements)
+            return FakeTraining(self, fake, decisions, counter, compiler, members, num_elements)
 
     @contextlib.contextmanager
     def playing(self, counter: StorageCounter) -> Iterator[None]:
@@ -175,16 +176,13 @@ class FakeTraining:
         """A steady and a refreshing step, all forms of the graphs being known by then, and an evaluation."""
         self._blocks.set_policy(policy)
         with self._simulator.playing(self._counter), self._counter:
-            found = []
-            for name in ("refreshing ", ""):
-                for _ in range(2):  # the first compiles what is new
-                    if name:
-                        self._optimizer.request_refresh()
-                    step = self._step(name)
-                found.append(step)
+            for _ in range(2):  # the first compiles what is new
+                self._optimizer.request_refresh()
+                refreshing = self._step("refreshing ")
+            steady = self._step("")
             if self._evaluation is None:
                 self._evaluation = self._evaluate()
-        return [*reversed(found), self._evaluation]
+        return [steady, refreshing, self._evaluation]
 
     def _step(self, name: str) -> PlayedStep:
         counter, fake = self._counter, self._fake

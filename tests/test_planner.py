@@ -10,6 +10,7 @@ import galore_fx
 from galore_fx import Recipe, choice
 from galore_fx.decisions import decide
 from galore_fx.measurement import counted_peak, persistent_bytes
+from galore_fx.policy_search import CUDA_CONTEXT_BYTES, deciding
 from galore_fx.request import Request
 from galore_fx.runtime.meter import count_memory
 from galore_fx.simulation import StepSimulator
@@ -96,7 +97,7 @@ def test_three_blocks_stand_for_six_and_policies_are_sums(settings):
     """Peaks by phase, from blocks played once, against steps of the whole model with blocks of different shares."""
     request = Request(optimizer=adamw()(small(6).parameters()), overrides={"rank": 8, **settings})
     simulator = StepSimulator(small(6), SAMPLE, keep_logits=False, micro_batches=1, device="cpu")
-    short, whole = (simulator.train(choice._deciding(request), short=short) for short in (True, False))
+    short, whole = (simulator.train(deciding(request), short=short) for short in (True, False))
     model = short.model((1.0, 0.0))
     problem = model.problem()
     for policy in ((0,) * 6, (1,) * 6, (0, 1, 1, 0, 1, 0)):
@@ -171,7 +172,7 @@ def test_a_gpu_is_only_estimated_and_a_meta_model_is_planned():
         ids = torch.empty((2, 16), dtype=torch.int64)
     plan = galore_fx.plan(model, "8GB", sample={"input_ids": ids, "labels": ids}, optimizer=adamw())
     assert plan.estimated and plan.fits is None and plan.within_budget
-    assert plan.reserve_bytes > choice.CUDA_CONTEXT_BYTES and "estimated peak" in plan.table()
+    assert plan.reserve_bytes > CUDA_CONTEXT_BYTES and "estimated peak" in plan.table()
 
 
 def test_planning_leaves_no_trace_in_what_trains_afterwards():

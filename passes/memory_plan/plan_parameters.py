@@ -103,8 +103,8 @@ def check_budget(plan: Plan) -> None:
         how = f" with {'; '.join(plan.chosen)}" if plan.chosen else ""
         raise BudgetError(
             f"the budget of {format_bytes(plan.budget_bytes)} cannot hold this training. The smallest plan needs "
-            f"{format_bytes(plan.peak_bytes)}{how}: {formed}. Give that budget, a shorter sequence, a smaller batch, a "
-            "lower rank, or a lower-precision model (model.bfloat16())"
+            f"{format_bytes(plan.peak_bytes)}{how}: {formed}. Give that budget; or change what would fit: "
+            f"{'; '.join(plan.nearest) or 'a smaller model'}"
         )
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.categories.items())
     raise BudgetError(

@@ -42,11 +42,16 @@ class RegionCompiler:
         regions: where captured regions are kept; those of the process by default.
         finish: makes a callable of a graph after all passes, its inputs and the activation budget; AOTAutograd and
             Inductor by default.
+        all_forms: compile the steady and the refreshing form when a region is captured, as is done anyway where sizes
+            are symbols; else each when it is first run.
     """
 
-    def __init__(self, regions: Regions | None = None, finish: FinishGraph = compile_graph) -> None:
+    def __init__(
+        self, regions: Regions | None = None, finish: FinishGraph = compile_graph, *, all_forms: bool = False
+    ) -> None:
         self._regions = _REGIONS if regions is None else regions
         self._finish = finish
+        self._all_forms = all_forms
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
         self._weights: dict[CapturedRegion, set[str]] = {}
 
@@ -100,7 +105,7 @@ class RegionCompiler:
         used, weights = self._used.setdefault(region, set()), self._weights.setdefault(region, set())
         if compile_now:
             records = region.records(example_inputs)
-            if region.is_symbolic:
+            if region.is_symbolic or self._all_forms:
                 region.compile_forms(records)
             region.variant_for(records)
         region.finish_capture()
@@ -158,7 +163,9 @@ class CapturedRegion:
         """Compiles the steady and the refreshing form now, while what they demand of the symbols becomes guards."""
         for form in (GradientForm.PROJECTED, None):
             forms = [(form or record.refresh_form) if record else None for record in records]
-            self._variants[self._key(records, forms)] = self._compile(records, forms)
+            key = self._key(records, forms)
+            if key not in self._variants:
+                self._variants[key] = self._compile(records, forms)
 
     def variant_for(self, records: list[ProjectedParameter | None]) -> Callable[..., Any]:
         """The compiled form for these gradient forms, made now if it is the first time."""

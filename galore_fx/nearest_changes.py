@@ -1,0 +1,57 @@
+"""What to change where nothing fits: the batch, the sequence, the dtype or the budget."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from galore_fx.decisions import Decisions
+from galore_fx.policy_search import PolicySearch, deciding, largest_peak
+from galore_fx.request import Request
+from galore_fx.sample_check import batch_size, shortened
+from galore_fx.simulation import StepSimulator
+from galore_fx.units import format_bytes
+
+_MAX_NUM_TRIALS = 3
+
+
+def nearest_changes(
+    model: nn.Module, request: Request, sample: object, smallest: Decisions, device: str
+) -> tuple[str, ...]:
+    """Changes of the batch or of the model with which the smallest plan would fit, in words; each is simulated."""
+    budget, plan = smallest.plan.budget_bytes, smallest.plan
+    assert budget is not None and plan.prediction is not None
+    kept, allowed = plan.prediction.phases["load"], largest_peak(budget, device)
+    words = [f"a budget of {format_bytes(plan.peak_bytes)}"]
+    if kept >= allowed:
+        if any(p.dtype is torch.float32 for p in model.parameters()) and kept // 2 < allowed:
+            words.append(f"model.bfloat16(), which keeps {format_bytes(kept // 2)} instead of {format_bytes(kept)}")
+        return tuple(words)
+    asked = _settled(request, plan.recipe)
+    share = (allowed - kept) / (plan.prediction.peak_bytes - kept)
+    for dim, name in enumerate(("batch", "sequence length")):
+        size = batch_size(sample, dim)
+        for trial in range(_MAX_NUM_TRIALS):
+            smaller = int(size * share * 0.8**trial)
+            if smaller < 1:
+                break
+            simulator = StepSimulator(
+                model,
+                shortened(sample, dim, smaller),
+                keep_logits=request.keep_logits,
+                micro_batches=request.micro_batches,
+                device=device,
+            )
+            if PolicySearch(simulator.train(deciding(asked)), plan, device, ()).best().within_budget:
+                words.append(f"{name} {smaller} instead of {size}")
+                break
+    return tuple(words)
+
+
+def _settled(request: Request, recipe: dict[str, object]) -> Request:
+    """The request with what a plan has settled: it must decide nothing anew."""
+    if not isinstance(request.recipe, str):
+        return request
+    open_parts = ("update", "rank") if recipe["projects"] else ("update",)
+    settled = {**request.overrides, **{part: recipe[part] for part in open_parts}}
+    return dataclasses.replace(request, recipe=str(recipe["name"]), overrides=settled)

@@ -1,0 +1,76 @@
+"""The activation policy of one setting of everything else, from steps of it that are simulated."""
+
+import dataclasses
+
+from torch.optim import Optimizer
+
+from galore_fx.decisions import decide
+from galore_fx.optimizer_choice import for_a_copy
+from galore_fx.passes.memory_plan.activation_policy import Choice, fastest_within, least_peak
+from galore_fx.passes.memory_plan.step_model import StepModel
+from galore_fx.plan_record import Plan
+from galore_fx.request import Request
+from galore_fx.simulation import Decide, FakeTraining
+
+ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
+# On CUDA, until a GPU has verified the simulation: context and libraries, and a share for fragmentation and workspaces.
+CUDA_CONTEXT_BYTES = 600 * 2**20
+CUDA_MARGIN = 0.1
+
+
+class PolicySearch:
+    """The activation policy of one candidate."""
+
+    def __init__(self, training: FakeTraining, plan: Plan, device: str, words: tuple[str, ...]) -> None:
+        self._training, self._plan, self._device, self._words = training, plan, device, words
+
+    def as_given(self) -> Plan:
+        """The plan with the policy that it has."""
+        share = self._plan.activation_policy[0]
+        return self._predicted(self._training.model([share]), (0,) * len(self._plan.regions))
+
+    def best(self) -> Plan:
+        """The fastest policy that fits, else the one of the lowest peak."""
+        if self._plan.fits is False:  # what is kept exceeds the budget: only how far is left to say
+            return self._predicted(self._training.model(ACTIVATION_BUDGETS[-1:]), (0,) * len(self._plan.regions))
+        kept = self.as_given()
+        if kept.within_budget:
+            return kept
+        model = self._training.model(ACTIVATION_BUDGETS)
+        problem = model.problem()
+        assert self._plan.budget_bytes is not None
+        choice = fastest_within(problem, largest_peak(self._plan.budget_bytes, self._device))
+        return self._predicted(model, least_peak(problem) if choice is None else choice)
+
+    def _predicted(self, model: StepModel, choice: Choice) -> Plan:
+        prediction = model.prediction(choice, self._training.uncaptured)
+        policy = tuple(model.shares[option] for option in choice)
+        words = self._words
+        if policy != self._plan.activation_policy:
+            counts = {share: policy.count(share) for share in sorted(set(policy), reverse=True)}
+            told = ", ".join(f"{number} blocks keep {share:g}" for share, number in counts.items())
+            words = (*words, f"activations are recomputed: of what they save, {told}")
+        return dataclasses.replace(
+            self._plan,
+            activation_policy=policy,
+            chosen=words,
+            prediction=prediction,
+            estimated=self._device != "cpu",
+            reserve_bytes=_reserve(prediction.peak_bytes, self._device),
+        )
+
+
+def _reserve(peak_bytes: int, device: str) -> int:
+    return int(CUDA_CONTEXT_BYTES + CUDA_MARGIN * peak_bytes) if device != "cpu" else 0
+
+
+def largest_peak(budget_bytes: int, device: str) -> int:
+    """The highest peak that leaves room for its reserve."""
+    return budget_bytes if device == "cpu" else int((budget_bytes - CUDA_CONTEXT_BYTES) / (1 + CUDA_MARGIN))
+
+
+def deciding(request: Request) -> Decide:
+    """What decides the same about a copy of the model."""
+    assert isinstance(request.optimizer, Optimizer)
+    for_copies = dataclasses.replace(request, budget=None, optimizer=for_a_copy(request.optimizer))
+    return lambda fake, variants: decide(fake, for_copies, variants)
