@@ -1,15 +1,18 @@
 """tools/plan.py: a table, JSON and a picture for a model nobody has, and clear errors."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import galore_fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 plan_tool = pytest.importorskip("plan", reason="tools/ is not beside the tests")
+preset_models = pytest.importorskip("preset_models", reason="tools/ is not beside the tests")
 
 SMALL = {
     "model_type": "llama",
@@ -82,6 +85,84 @@ def test_an_output_that_cannot_be_written_leaves_nothing(config, tmp_path, capsy
     assert not target.exists()
 
 
-def test_presets_make_models():
-    for name in plan_tool.PRESETS:
-        assert plan_tool._config(name).model_type == plan_tool.PRESETS[name]["model_type"]
+def _elements(size):
+    with torch.device("meta"):
+        return sum(p.numel() for p in preset_models.build(size).parameters())
+
+
+def test_presets_have_the_published_sizes():
+    billions = {name: round(_elements(size) / 1e9, 3) for name, size in preset_models.PRESETS.items()}
+    assert billions == {
+        "llama-60m": 0.058,
+        "llama-130m": 0.134,
+        "llama-350m": 0.368,
+        "llama-1b": 1.339,
+        "llama-7b": 6.738,
+        "llama-3-8b": 8.03,
+        "llama-3-70b": 70.554,
+        "mistral-7b": 7.248,
+        "qwen2.5-7b": 7.616,
+        "gpt2": 0.124,
+        "roberta-base": 0.125,
+    }
+
+
+_WIDE = {"vocab_size": 300, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+_DECODER = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    **_WIDE,
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "config"),
+    [
+        (preset_models.DecoderSize(64, 176, 2, 4, 2, 300, 64), {"model_type": "mistral", **_DECODER}),
+        (preset_models.DecoderSize(64, 176, 2, 4, 2, 300, 64, True), {"model_type": "qwen2", **_DECODER}),
+        (
+            preset_models.GPT2Size(64, 2, 4, 300, 64),
+            {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 64},
+        ),
+        (
+            preset_models.EncoderSize(64, 176, 2, 4, 300, 64),
+            {
+                "model_type": "roberta",
+                "architectures": ["RobertaForSequenceClassification"],
+                "hidden_size": 64,
+                "intermediate_size": 176,
+                **_WIDE,
+                "max_position_embeddings": 66,
+                "type_vocab_size": 1,
+            },
+        ),
+    ],
+    ids=["mistral", "qwen2", "gpt2", "roberta"],
+)
+def test_presets_take_what_the_models_of_transformers_take(size, config, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    make_theirs, _, classifies = plan_tool._config(str(path))
+    ids = torch.empty((4, 64), dtype=torch.int64, device="meta")
+    sample = {"input_ids": ids, "labels": ids[:, 0] if classifies else ids}
+    ours, theirs = (
+        galore_fx.plan(plan_tool._without_memory(make, "float32"), sample=sample, rank=8).phases
+        for make in (lambda: preset_models.build(size), make_theirs)
+    )
+    assert all(ours[phase] == pytest.approx(theirs[phase], rel=0.01) for phase in ours if phase != "eval")
+
+
+def test_a_preset_is_planned_without_the_code_of_transformers(tmp_path):
+    code = "import sys, plan; plan.main(['llama-60m', '--seq', '64']); print('transformers' in sys.modules)"
+    tools = Path(plan_tool.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=tools, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_ways_of_training_stand_side_by_side(config, capsys):
+    arguments = [config, "--batch", "2", "--seq", "32", "--dtype", "float32", "--budget", "2GB", "--compare"]
+    assert plan_tool.main(arguments) == 0
+    table = capsys.readouterr().out.split("way of training")[1]
+    assert all(way in table for way in ("AdamW", "8-bit AdamW", "LoRA r=16", "galore", "chosen: full"))

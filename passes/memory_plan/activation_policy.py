@@ -10,8 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 Choice = tuple[int, ...]
 
@@ -93,10 +91,14 @@ class _Program:
         self._num_variables = len(self._seconds) + 1
         largest = max(max(m.num_bytes) + sum(max(sizes) for _, sizes in m.saving) for m in problem.moments)
         self._unit = max(1.0, largest / _SCALE)
-        self._moments = self._rows(problem)
+        self._rows, self._columns, self._values = self._entries(problem)
+        self._num_moments = len(problem.moments)
 
     def solve(self, limit_bytes: int | None) -> Choice | None:
         """The fastest choice below a limit, or without a limit the one of the lowest peak."""
+        from scipy.optimize import Bounds, LinearConstraint, milp  # a fifth of a second, and most plans need no solver
+        from scipy.sparse import csr_array
+
         num_blocks = len(self._sizes)
         blocks = [block for block, size in enumerate(self._sizes) for _ in range(size)]
         ones = csr_array(
@@ -112,13 +114,15 @@ class _Program:
             upper[-1] = limit_bytes / self._unit
             if upper[-1] < 0:
                 return None
+        shape = self._num_moments, self._num_variables
+        moments = csr_array((self._values, (self._rows, self._columns)), shape=shape)
         integrality = numpy.ones(self._num_variables)
         integrality[-1] = 0
         found = milp(
             objective,
             integrality=integrality,
             bounds=Bounds(numpy.zeros(self._num_variables), upper),
-            constraints=[LinearConstraint(ones, 1.0, 1.0), LinearConstraint(self._moments, -numpy.inf, 0.0)],
+            constraints=[LinearConstraint(ones, 1.0, 1.0), LinearConstraint(moments, -numpy.inf, 0.0)],
             options={"mip_rel_gap": 0.0},
         )
         if found.x is None:
@@ -128,7 +132,7 @@ class _Program:
             for start, end in zip(self._offsets[:-1], self._offsets[1:], strict=True)
         )
 
-    def _rows(self, problem: PolicyProblem) -> csr_array:
+    def _entries(self, problem: PolicyProblem) -> tuple[list[int], list[int], list[float]]:
         """One row per moment: its bytes less the peak, which must not be positive."""
         rows: list[int] = []
         columns: list[int] = []
@@ -149,4 +153,4 @@ class _Program:
             rows.append(number)
             columns.append(self._num_variables - 1)
             values.append(-1.0)
-        return csr_array((values, (rows, columns)), shape=(len(problem.moments), self._num_variables))
+        return rows, columns, values

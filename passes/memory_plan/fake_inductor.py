@@ -35,7 +35,11 @@ def lowering_only(on_kernel: Callable[[Sequence[Any]], None]) -> Iterator[None]:
         mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", list),
         # A hit in a cache would bring back a real kernel, and a fake one must not be left there.
         inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
-        functorch_config.patch(enable_autograd_cache=False, enable_remote_autograd_cache=False),
+        functorch_config.patch(
+            enable_autograd_cache=False,
+            enable_remote_autograd_cache=False,
+            force_non_lazy_backward_lowering=True,  # not inside the first backward, whose moments are counted
+        ),
     ):
         yield
 

@@ -40,6 +40,8 @@ _VARIANTS: Variants = {}
 # Step counts at which a class is asked for other branches than the one it takes now.
 _PROBED_STEPS = (0.0, 1.0, 10.0, 100.0, 1e4, 1e6)
 _STEP = f"{STATE_PREFIX}step"
+# Traced branches by class, settings and numbers: a budget is tried with many plans of one optimizer.
+_TRACED: dict[object, list[TracedStep]] = {}
 
 
 class UpdateCompiler:
@@ -98,7 +100,7 @@ class UpdateCompiler:
             **{STATE_PREFIX + name: value for name, value in layout.scalars.items()},
         }
         try:
-            for traced in _branches(self.optimizer_class, group, layout, scalars):
+            for traced in self._branches(group, settings, layout, scalars):
                 lower_to_subspace(traced, projected=True)
         except OptimizerError as error:
             raise OptimizerError(f"{self.optimizer_class.__name__} cannot be lowered: {error}") from error
@@ -117,7 +119,7 @@ class UpdateCompiler:
         layout = self.layout(settings, group)
         states = {STATE_PREFIX + name: value for name, value in layout.scalars.items()}
         start = time.perf_counter()
-        traced = _branches(self.optimizer_class, group, layout, {**settings.floats, **states})
+        traced = self._branches(group, settings, layout, {**settings.floats, **states})
         traced_at = time.perf_counter()
         lowered = [lower_to_subspace(step, projected=projected) for step in traced]
         lowered_at = time.perf_counter()
@@ -200,29 +202,31 @@ class UpdateCompiler:
             branch = compiled.branch_for(values, born)
             if branch is not None:
                 return compiled, branch
-        traced = _branches(self.optimizer_class, group, layout, dict(zip(names, values, strict=True)))
+        traced = self._branches(group, settings, layout, dict(zip(names, values, strict=True)))
         compiled = CompiledUpdate(traced, projected)
         known.append(compiled)
         branch = compiled.branch_for(values, born)
         assert branch is not None, f"{self.optimizer_class.__name__} was traced at {values} and does not hold there"
         return compiled, branch
 
-
-def _branches(
-    optimizer_class: type[torch.optim.Optimizer],
-    group: Mapping[str, Any],
-    layout: StateLayout,
-    scalars: Mapping[str, float],
-) -> list[TracedStep]:
-    """The step for these numbers, and its other branches at other step counts and at a parameter's first step."""
-    found: list[TracedStep] = []
-    for first in (False, True) if None in layout.initial.values() else (False,):
-        for step in (None, *_PROBED_STEPS) if _STEP in scalars else (None,):
-            probe = dict(scalars) if step is None else {**scalars, _STEP: step}
-            values = tuple(probe.values())
-            if not any(traced.first == first and traced.holds_for(values) for traced in found):
-                found.append(trace_step(optimizer_class, group, layout, probe, first=first))
-    return found
+    def _branches(
+        self, group: Mapping[str, Any], settings: GroupSettings, layout: StateLayout, scalars: Mapping[str, float]
+    ) -> list[TracedStep]:
+        """The step for these numbers, and its other branches at other step counts and at a parameter's first step."""
+        key = self.optimizer_class, settings.switches, tuple(scalars.items()), tuple(layout.initial.items())
+        if key in _TRACED:
+            return _TRACED[key]
+        found: list[TracedStep] = []
+        for first in (False, True) if None in layout.initial.values() else (False,):
+            for step in (None, *_PROBED_STEPS) if _STEP in scalars else (None,):
+                probe = dict(scalars) if step is None else {**scalars, _STEP: step}
+                values = tuple(probe.values())
+                if not any(traced.first == first and traced.holds_for(values) for traced in found):
+                    found.append(trace_step(self.optimizer_class, group, layout, probe, first=first))
+        if len(_TRACED) >= _NUM_CACHED_STEPS:
+            _TRACED.clear()
+        _TRACED[key] = found
+        return found
 
 
 class CompiledUpdate:
@@ -288,5 +292,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _flat(tensors: list[Tensor]) -> list[Tensor]:
-    """Flattened views where all are contiguous; as they are where one is not, since a copy would lose the update."""
-    return [t.view(-1) for t in tensors] if all(t.is_contiguous() for t in tensors) else tensors
+    """Flattened views where all are contiguous; as they are where one is not, since a copy would lose the update.
+
+    Detached, and so no views to Dynamo: it would tell matrices from vectors by what they are views of.
+    """
+    return [t.view(-1).detach() for t in tensors] if all(t.is_contiguous() for t in tensors) else tensors
