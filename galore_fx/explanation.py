@@ -9,9 +9,10 @@ import torch
 from tabulate import tabulate
 from torch import fx, nn
 
+from galore_fx.as_if_real import as_if_real
 from galore_fx.decisions import Decisions, decide
 from galore_fx.errors import ModelError, SettingError
-from galore_fx.fake_model import as_if_real, fake_batch, fake_copy, fake_mode
+from galore_fx.fake_model import fake_batch, fake_copy, fake_mode
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
 from galore_fx.optimizer_build import refresh_form

@@ -1,18 +1,15 @@
 """A model and a batch as fake tensors on the CPU: shapes and dtypes without a byte behind them."""
 
 import copy
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from galore_fx.errors import ModelError
-from galore_fx.runtime.compatibility import FakeCopyMode, FakeTensor, FakeTensorMode, ShapeEnv, TorchDispatchMode
+from galore_fx.runtime.compatibility import FakeCopyMode, FakeTensorMode, ShapeEnv
 from galore_fx.sample_check import call_arguments
 
 
@@ -68,36 +65,3 @@ def fake_batch(sample: object, mode: FakeTensorMode) -> tuple[tuple[Any, ...], d
         return made.get(id(value), value)
 
     return call_arguments(sample, as_fake)
-
-
-@contextmanager
-def as_if_real() -> Iterator[None]:
-    """Keeps a model on the branches that a healthy step on real tensors takes.
-
-    A number that is read from a fake tensor has no value: a truth is answered with True, a float with a small positive
-    number, an int with 0 ("no error"). transformers asks whether it is being traced, and would build attention masks
-    that a training step does not build.
-    """
-    masking_utils = sys.modules.get("transformers.masking_utils")
-    known = hasattr(masking_utils, "is_tracing")
-    with mock.patch.object(masking_utils, "is_tracing", _is_compiling) if known else nullcontext(), _HealthyNumbers():
-        yield
-
-
-def _is_compiling(*_tensors: object) -> bool:
-    return torch.compiler.is_compiling()
-
-
-class _HealthyNumbers(TorchDispatchMode):
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        """Dynamo compiles under this mode instead of skipping the frame."""
-        return True
-
-    def __torch_dispatch__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            dtype = args[0].dtype
-            return True if dtype is torch.bool else 1e-6 if dtype.is_floating_point else 0
-        return func(*args, **(kwargs or {}))

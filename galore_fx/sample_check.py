@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from galore_fx.as_if_real import as_if_real
 from galore_fx.errors import ModelError
 from galore_fx.runtime.compatibility import DataDependentOutput, FakeTensorMode, tree_map
 
@@ -29,7 +30,7 @@ def check_sample(model: nn.Module, sample: object) -> None:
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     args, kwargs = call_arguments(sample, fake)
     try:
-        with mode, torch.no_grad():
+        with mode, as_if_real(), torch.no_grad():
             torch.func.functional_call(model, {name: fake(value) for name, value in state.items()}, args, kwargs)
     except DataDependentOutput:
         # The model looks into its input's values, which fake tensors have not; the first real call will tell.

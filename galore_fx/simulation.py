@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from galore_fx.as_if_real import as_if_real
 from galore_fx.decisions import Decisions
 from galore_fx.errors import ModelError
-from galore_fx.fake_model import as_if_real, fake_batch, fake_copy, fake_mode
+from galore_fx.fake_model import fake_batch, fake_copy, fake_mode
 from galore_fx.installation import InstalledBlocks, install
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.passes.memory_plan.block_calls import BlockCalls

@@ -2,7 +2,8 @@
 
 import torch
 
-from galore_fx.fake_model import as_if_real, fake_mode
+from galore_fx.as_if_real import as_if_real
+from galore_fx.fake_model import fake_mode
 from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
 from galore_fx.passes.memory_plan.storage_counter import StorageCounter
 
