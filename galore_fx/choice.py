@@ -1,12 +1,11 @@
 """Chooses what the recipe leaves open, so that the predicted peak of a step fits a budget.
 
-Settings stand in the order of what they give up: nothing; the gradients that outlive the backward (no accumulation, no
-clipping); the full rank, and then rank. Under each of them the activation policy is chosen by an exact solver: the
-fastest for which every moment of the step fits.
+Settings stand in levels of falling quality: full rank, then lower and lower rank. Within a level nothing is lost: the
+update may wait for ``step()`` or happen in the backward, and the activation policy is chosen by an exact solver, the
+fastest for which every moment of the step fits. The fastest plan of the first level with one that fits is taken.
 """
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from galore_fx.decisions import Decisions, decide
 from galore_fx.errors import SettingError
 from galore_fx.nearest_changes import nearest_changes
+from galore_fx.planned_batch import sample_shapes
 from galore_fx.policy_search import PolicySearch, deciding
 from galore_fx.request import Request
 from galore_fx.simulation import StepSimulator
@@ -62,42 +62,58 @@ def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
     # An instance of the user's is over the model's parameters and already checked.
     request = dataclasses.replace(request, sample=None, optimizer=wanted.optimizer)
     if wanted.plan.budget_bytes is None:
-        search = PolicySearch(simulator.train(deciding(request)), wanted.plan, device, ())
-        return dataclasses.replace(wanted, plan=search.as_given())
-    found = _first_that_fits(model, request, wanted, simulator, device)
-    if not found.plan.within_budget:
-        nearest = nearest_changes(model, request, sample, found, device)
-        found = dataclasses.replace(found, plan=dataclasses.replace(found.plan, nearest=nearest))
-    return found
+        search = PolicySearch(simulator.train(deciding(request)), wanted.plan, device, request.reserve, ())
+        found = dataclasses.replace(wanted, plan=search.as_given())
+    else:
+        found = _first_that_fits(model, request, wanted, simulator, device)
+    nearest = () if found.plan.within_budget else nearest_changes(model, request, sample, found, device)
+    plan = dataclasses.replace(
+        found.plan,
+        nearest=nearest,
+        keep_logits=request.keep_logits,
+        micro_batches=request.micro_batches,
+        batch={} if request.budget is None else sample_shapes(sample),
+    )
+    return dataclasses.replace(found, plan=plan)
 
 
 def _first_that_fits(
     model: nn.Module, request: Request, wanted: Decisions, simulator: StepSimulator, device: str
 ) -> Decisions:
-    """The first candidate that fits; the smallest where none does."""
+    """The fastest plan that fits of the first level with one; the smallest of all where none fits."""
     smallest: Decisions | None = None
     rejected: list[tuple[str, int]] = []
-    candidates = list(_candidates(wanted, request))
-    with tqdm(candidates, desc="planning", unit="plan", disable=None, leave=False, delay=2) as progress:
-        for candidate in progress:
-            chosen = decide(model, candidate.request)
-            if chosen.plan.fits is False and candidate is not candidates[-1]:
-                rejected.append((candidate.title, sum(chosen.plan.kept.values())))
-                continue  # what is kept exceeds the budget before any activation
-            share_is_open = "activation_budget" not in request.overrides and isinstance(request.recipe, str)
-            search = PolicySearch(simulator.train(deciding(candidate.request)), chosen.plan, device, candidate.words)
-            plan = search.best() if share_is_open else search.as_given()
-            if plan.within_budget:
-                return dataclasses.replace(chosen, plan=dataclasses.replace(plan, rejected=tuple(rejected)))
-            rejected.append((candidate.title, plan.peak_bytes))
-            if smallest is None or plan.peak_bytes < smallest.plan.peak_bytes:
-                smallest = dataclasses.replace(chosen, plan=plan)
-    assert smallest is not None, "there is always a candidate"
+    levels = _levels(wanted, request)
+    with tqdm(levels, desc="planning", unit="level", disable=None, leave=False, delay=2) as progress:
+        for level in progress:
+            fitting: list[Decisions] = []
+            for candidate in level:
+                chosen = decide(model, candidate.request)
+                is_last = candidate is levels[-1][-1]
+                if chosen.plan.fits is False and (fitting or not is_last or smallest is not None):
+                    rejected.append((candidate.title, sum(chosen.plan.kept.values())))
+                    continue  # what is kept exceeds the budget before any activation
+                share_is_open = "activation_budget" not in request.overrides and isinstance(request.recipe, str)
+                training = simulator.train(deciding(candidate.request))
+                search = PolicySearch(training, chosen.plan, device, request.reserve, candidate.words)
+                found = dataclasses.replace(chosen, plan=search.best() if share_is_open else search.as_given())
+                if not found.plan.within_budget:
+                    rejected.append((candidate.title, found.plan.peak_bytes))
+                    if smallest is None or found.plan.peak_bytes < smallest.plan.peak_bytes:
+                        smallest = found
+                    continue
+                fitting.append(found)
+                if found.plan.activation_policy == chosen.plan.activation_policy:
+                    break  # nothing is recomputed; none that follows is faster
+            if fitting:
+                fastest = min(fitting, key=lambda each: each.plan.seconds)  # the first of equals: it gives up less
+                return dataclasses.replace(fastest, plan=dataclasses.replace(fastest.plan, rejected=tuple(rejected)))
+    assert smallest is not None, "the last candidate is simulated if no other was"
     return smallest
 
 
-def _candidates(wanted: Decisions, request: Request) -> Iterator[Candidate]:
-    """Settings in the order of what they give up, of those parts that the user has left open."""
+def _levels(wanted: Decisions, request: Request) -> list[list[Candidate]]:
+    """Settings of those parts that the user has left open: levels of falling quality, equal ones within each."""
     recipe, given = wanted.recipe, request.overrides
     is_named = isinstance(request.recipe, str)
     wants_projection = any(part in given for part in _OF_PROJECTION)
@@ -115,11 +131,12 @@ def _candidates(wanted: Decisions, request: Request) -> Iterator[Candidate]:
         and recipe.update == "deferred"
         and recipe.max_grad_norm is None
     )
-    for level in levels:
-        yield level
-        if update_is_open:
-            words = (*level.words, "update='in-backward': no accumulation over micro-batches, no clipping")
-            yield Candidate(_with(level.request, update="in-backward"), words)
+    return [[level, _in_backward(level)] if update_is_open else [level] for level in levels]
+
+
+def _in_backward(candidate: Candidate) -> Candidate:
+    words = (*candidate.words, "update='in-backward': no accumulation over micro-batches, no clipping")
+    return Candidate(_with(candidate.request, update="in-backward"), words)
 
 
 def _with(request: Request, **parts: Any) -> Request:

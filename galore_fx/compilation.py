@@ -6,9 +6,13 @@ import torch
 from torch import nn
 
 from galore_fx.choice import decide_for_sample
-from galore_fx.decisions import decide
+from galore_fx.decisions import decide, decide_as_planned
+from galore_fx.device_memory import enforce_budget
+from galore_fx.errors import SettingError
+from galore_fx.first_batch import TrainingCheck, plan_for_first_batch
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
+from galore_fx.measurement import watch_peak
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
@@ -29,6 +33,7 @@ def plan(
     keep_logits: bool = False,
     micro_batches: int = 1,
     device: str | None = None,
+    reserve: str | int | None = None,
     **overrides: Any,
 ) -> Plan:
     """What ``compile`` would do to the model, from shapes alone; changes nothing.
@@ -39,8 +44,9 @@ def plan(
 
     Args:
         device: "cpu" or "cuda", where it is to be trained; the model's by default, "cuda" for one on the meta device.
+        reserve: as of ``compile``.
     """
-    request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, device)
+    request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, device, reserve)
     return (decide(model, request) if sample is None else decide_for_sample(model, request)).plan
 
 
@@ -53,6 +59,9 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     optimizer: OptimizerChoice = torch.optim.AdamW,
     keep_logits: bool = False,
     micro_batches: int = 1,
+    reserve: str | int | None = None,
+    plan: Plan | None = None,
+    enforce: bool = False,
     strict: bool = False,
     **overrides: Any,
 ) -> nn.Module:
@@ -60,15 +69,23 @@ def compile(  # noqa: A001 - the name users know from torch.compile
 
     Args:
         model: the model, on the device and in the dtype it will train in.
-        budget: bytes the training may take, ``"16GB"``, ``"15.5GiB"`` or an int; None for no check.
+        budget: bytes the training may take, ``"16GB"``, ``"15.5GiB"`` or an int; ``"auto"`` for what the model's device
+            has free and the model itself holds; None for no check.
         sample: a batch as the model takes it, of the shapes it will be trained with; checked on fake tensors before
             anything changes. With a budget, a step of it is simulated and the plan is chosen so that its peak fits.
+            With a budget and without a sample the first training batch is simulated before it runs; by then only
+            the activations that are kept can still be chosen.
         recipe: ``"auto"``, ``"galore"`` or ``"full"``, or a ``Recipe``.
         optimizer: a ``torch.optim`` class, a ``functools.partial`` of one (``partial(AdamW, lr=1e-3)``), or an
             instance over the model's parameters, which then refuses its own ``step()``.
         keep_logits: return ``outputs.logits`` in training too. Without it they are None where the model computes its
             loss from them by plain cross-entropy: the logits then never exist as a whole.
         micro_batches: backwards per ``step()`` that the budget is planned for; gradients live through the next one.
+        reserve: bytes of the budget kept free for what the simulation cannot see; by default nothing on a CPU, and on
+            CUDA 600 MiB for context and workspaces and a tenth of the peak for fragmentation.
+        plan: a plan made before, by ``galore_fx.plan`` or read by ``Plan.from_json``, which is then what runs; nothing
+            is decided anew, so it goes with ``optimizer``, ``enforce`` and ``strict`` only.
+        enforce: on CUDA, make what exceeds the budget an out-of-memory error of this process.
         strict: raise where a block cannot be captured as one graph, instead of training it uncompiled with a warning.
         **overrides: parts of the recipe: ``rank=128``, ``refresh_gap=200``, ``update="in-backward"``, ...
 
@@ -83,14 +100,35 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         BudgetError: no plan fits the budget (with a sample), or what is kept through the step already exceeds it.
         All are raised before anything in the model is changed.
     """
-    request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches)
-    is_planned = sample is not None and budget is not None
-    decisions = decide_for_sample(model, request) if is_planned else decide(model, request)
+    request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, reserve=reserve)
+    if plan is not None:
+        _refuse_beside_plan(request)
+        decisions = decide_as_planned(model, plan, optimizer)
+    else:
+        decide_now = decide if sample is None or budget is None else decide_for_sample
+        decisions = decide_now(model, request)
+    made = decisions.plan
+    if enforce:
+        enforce_budget(model, made.budget_bytes)
     built = build_optimizer(model, decisions, optimizer)
     compiler = RegionCompiler()
-    head = None if keep_logits else HeadCompiler()
-    planned = PlannedBatch(sample) if is_planned else None
-    policy = decisions.plan.activation_policy
-    blocks = install(model, decisions.regions, compiler, head, policy=policy, strict=strict, planned=planned)
-    model.galore_fx = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)  # type: ignore[assignment]
+    head = None if keep_logits or made.keep_logits else HeadCompiler()
+    blocks = install(model, decisions.regions, compiler, head, policy=made.activation_policy, strict=strict)
+    compiled = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)
+    blocks.whole.check = TrainingCheck(
+        PlannedBatch(made.batch) if made.batch else None,
+        plan_for_first_batch(model, request, decisions, blocks, compiled) if made.is_without_batch else None,
+        watch_peak(model, built.optimizer, made),
+    )
+    model.galore_fx = compiled  # type: ignore[assignment]
     return model
+
+
+def _refuse_beside_plan(request: Request) -> None:
+    default = Request(optimizer=request.optimizer)
+    given = [name for name, value in vars(request).items() if value != getattr(default, name)]
+    if given:
+        raise SettingError(
+            f"plan= says all that there is to decide, and {', '.join(given)} cannot be given beside it; make a new "
+            "plan with galore_fx.plan"
+        )

@@ -5,14 +5,15 @@ import dataclasses
 from torch import nn
 from torch.optim import Optimizer
 
+from galore_fx.device_memory import available_bytes
 from galore_fx.errors import ModelError
 from galore_fx.handle import Compiled
-from galore_fx.optimizer_choice import resolve_optimizer
+from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer
 from galore_fx.passes.memory_plan.plan_parameters import plan_parameters
 from galore_fx.passes.model_graph.find_regions import Region, find_regions
 from galore_fx.passes.model_graph.parameter_roles import parameter_roles
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler, Variants
-from galore_fx.plan_record import Plan
+from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe, resolve_recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
@@ -41,7 +42,7 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
     """
     refuse_unsupported_modes()
     resolved = resolve_recipe(request.recipe, request.overrides)
-    budget_bytes = None if request.budget is None else parse_bytes(request.budget)
+    budget = request.budget
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is not an nn.Module")
     if hasattr(model, "_orig_mod"):
@@ -51,6 +52,7 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         )
     if isinstance(getattr(model, "galore_fx", None), Compiled):
         raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
+    budget_bytes = None if budget is None else available_bytes(model) if budget == "auto" else parse_bytes(budget)
     regions = find_regions(model)
     instance = resolve_optimizer(request.optimizer, model)
     updates = UpdateCompiler(type(instance), instance.defaults, variants)
@@ -72,3 +74,28 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         + sum(p.nbytes for p in model.parameters() if not p.requires_grad),
     )
     return Decisions(resolved, regions, instance, updates, made)
+
+
+def decide_as_planned(model: nn.Module, plan: Plan, optimizer: OptimizerChoice) -> Decisions:
+    """What a plan that was made before says, checked against the model that it is now to be run with.
+
+    Raises:
+        ModelError: it was made for another model or optimizer; names what differs.
+        Besides what ``decide`` raises.
+    """
+    decisions = decide(model, Request(recipe=Recipe(**plan.recipe), optimizer=optimizer))
+    made = decisions.plan
+    for what, theirs, ours in (
+        ("optimizer", plan.optimizer, made.optimizer),
+        ("blocks", plan.regions, made.regions),
+        ("parameters", [_identity(p) for p in plan.parameters], [_identity(p) for p in made.parameters]),
+    ):
+        if theirs != ours:
+            differing = next(((a, b) for a, b in zip(theirs, ours, strict=False) if a != b), (len(theirs), len(ours)))
+            shown = (theirs, ours) if isinstance(theirs, str) else differing
+            raise ModelError(f"the plan was made for other {what}: {shown[0]} in the plan, {shown[1]} in this model")
+    return dataclasses.replace(decisions, plan=plan)
+
+
+def _identity(parameter: ParameterPlan) -> tuple[object, ...]:
+    return parameter.name, parameter.shape, parameter.rank, parameter.dim, parameter.bytes["weights"]

@@ -48,6 +48,19 @@ def fake_copy(
     return fake.train()
 
 
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy without memory of the model as it was before any compilation, its parameters on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        made = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the copy of a compiled model is plain is what is wanted
+        copied = copy.deepcopy(model, memo)
+    vars(copied).pop("galore_fx", None)
+    return copied
+
+
 def _on_cpu(value: Tensor, mode: FakeTensorMode) -> Tensor:
     with mode:
         made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")

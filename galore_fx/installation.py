@@ -8,7 +8,6 @@ from torch import nn
 from galore_fx.passes.model_graph.find_regions import Region, find_stems
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
-from galore_fx.planned_batch import PlannedBatch
 from galore_fx.runtime.compatibility import dispatch_compiler
 from galore_fx.runtime.dispatch import (
     CompiledForward,
@@ -33,7 +32,6 @@ def install(
     *,
     policy: Sequence[float],
     strict: bool,
-    planned: PlannedBatch | None = None,
 ) -> "InstalledBlocks":
     """Puts the dispatchers in place.
 
@@ -44,7 +42,6 @@ def install(
         head: rewrites head and loss, None to leave them.
         policy: for each block the share of its activations that it keeps.
         strict: a block that cannot be captured is an error.
-        planned: the batch that training calls are held to, None for any.
     """
     blocks = InstalledBlocks(regions, compiler, strict=strict)
     blocks.set_policy(policy)
@@ -58,7 +55,8 @@ def install(
         training = dispatch_compiler(
             own_code_object(type(model).forward), head, recompile_limit=_HEAD_RECOMPILE_LIMIT, whole=False
         )
-    model.forward = TrainingForward(model, model.forward, training, planned)
+    blocks.whole = TrainingForward(model, model.forward, training)
+    model.forward = blocks.whole
     return blocks
 
 
@@ -70,7 +68,10 @@ class InstalledBlocks:
 
     Attributes:
         forwards: in the order of the regions.
+        whole: the model's new forward.
     """
+
+    whole: TrainingForward
 
     def __init__(self, regions: Sequence[Region], compiler: RegionCompiler, *, strict: bool) -> None:
         self._compiler = compiler

@@ -1,13 +1,19 @@
-"""The peak of a compiled model's training step, counted by running it."""
+"""The peak of a compiled model's training step: counted by running it, and compared with the plan."""
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from galore_fx.handle import Compiled
+from galore_fx.plan_record import Plan
 from galore_fx.runtime.meter import count_memory, tensor_bytes
+from galore_fx.runtime.optimizer import SubspaceOptimizer
+from galore_fx.runtime.peak_watch import CudaMeter, PeakWatch
 from galore_fx.sample_check import call_arguments
+
+# A step that exceeds its plan by more than this share is warned of.
+TOLERANCE = 0.01
+ESTIMATE_TOLERANCE = 0.1
 
 
 def counted_peak(model: nn.Module, sample: object) -> int:
@@ -48,8 +54,32 @@ def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:
     """Bytes that live between the steps of a compiled model, and its batch."""
     compiled = model.galore_fx
     assert isinstance(compiled, Compiled)
-    optimizer = compiled.optimizer
-    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
-    tensors += [t for record in optimizer.records for t in (record.basis, record.leaf, record.sketch_leaf)]
-    tensors += [t for state in optimizer.state.values() for t in state.values()]
-    return tensor_bytes([*tensors, *(value for value in batch if isinstance(value, Tensor))])
+    kept = kept_bytes(model, compiled.optimizer)
+    return sum(kept.values()) + tensor_bytes([value for value in batch if isinstance(value, Tensor)])
+
+
+def kept_bytes(model: nn.Module, optimizer: SubspaceOptimizer) -> dict[str, int]:
+    """Bytes that live between the steps, by category as in ``Prediction.kept``."""
+    bases = [t for record in optimizer.records for t in (record.basis, record.leaf, record.sketch_leaf)]
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    weights = tensor_bytes([*model.parameters(), *model.buffers()])
+    with_bases = tensor_bytes([*model.parameters(), *model.buffers(), *bases])
+    with_states = tensor_bytes([*model.parameters(), *model.buffers(), *bases, *states])
+    return {"weights": weights, "bases": with_bases - weights, "optimizer_state": with_states - with_bases}
+
+
+def watch_peak(model: nn.Module, optimizer: SubspaceOptimizer, plan: Plan) -> PeakWatch | None:
+    """What compares one of the first steps with the plan, on CUDA, where reading the peak costs nothing; else None."""
+    device = next(model.parameters()).device
+    if plan.prediction is None or device.type != "cuda":
+        return None
+    kept = {name: plan.prediction.kept.get(name, 0) for name in ("weights", "bases", "optimizer_state")}
+    watch = PeakWatch(
+        CudaMeter(device),
+        plan.prediction.peak_bytes,
+        kept,
+        lambda: kept_bytes(model, optimizer),
+        ESTIMATE_TOLERANCE if plan.estimated else TOLERANCE,
+    )
+    optimizer.register_step_post_hook(lambda *_: watch.step_ends())
+    return watch

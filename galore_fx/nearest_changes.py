@@ -21,7 +21,7 @@ def nearest_changes(
     """Changes of the batch or of the model with which the smallest plan would fit, in words; each is simulated."""
     budget, plan = smallest.plan.budget_bytes, smallest.plan
     assert budget is not None and plan.prediction is not None
-    kept, allowed = plan.prediction.phases["load"], largest_peak(budget, device)
+    kept, allowed = plan.prediction.phases["load"], largest_peak(budget, device, request.reserve)
     words = [f"a budget of {format_bytes(plan.peak_bytes)}"]
     if kept >= allowed:
         if any(p.dtype is torch.float32 for p in model.parameters()) and kept // 2 < allowed:
@@ -42,7 +42,7 @@ def nearest_changes(
                 micro_batches=request.micro_batches,
                 device=device,
             )
-            if PolicySearch(simulator.train(deciding(asked)), plan, device, ()).best().within_budget:
+            if PolicySearch(simulator.train(deciding(asked)), plan, device, request.reserve, ()).best().within_budget:
                 words.append(f"{name} {smaller} instead of {size}")
                 break
     return tuple(words)

@@ -54,6 +54,7 @@ class Prediction:
         timeline: (phase, bytes by category) after each allocation and release of a steady step.
         uncaptured: blocks that run uncompiled.
         seconds: time of each phase of a steady step by a roofline: for comparing plans, no promise.
+        kept: bytes by category that live through the whole step.
     """
 
     peak_bytes: int
@@ -62,6 +63,7 @@ class Prediction:
     timeline: tuple[tuple[str, dict[str, int]], ...]
     uncaptured: tuple[str, ...]
     seconds: dict[str, float]
+    kept: dict[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +84,9 @@ class Plan:
         chosen: settings that the planner has chosen to meet the budget, in words.
         rejected: settings that give up less, in words, and the bytes that they need at least.
         nearest: where nothing fits, changes that would, in words.
+        keep_logits: as of ``compile``.
+        micro_batches: as of ``compile``.
+        batch: shapes of the sample's tensors by argument, which a training call may not exceed; empty for any.
     """
 
     recipe: dict[str, Any]
@@ -97,6 +102,9 @@ class Plan:
     chosen: tuple[str, ...] = ()
     rejected: tuple[tuple[str, int], ...] = ()
     nearest: tuple[str, ...] = ()
+    keep_logits: bool = False
+    micro_batches: int = 1
+    batch: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def categories(self) -> dict[str, int]:
@@ -127,6 +135,16 @@ class Plan:
     def peak_bytes(self) -> int:
         """Predicted peak of a whole step, reserve included; without a prediction a lower bound of it."""
         return sum(self.categories.values())
+
+    @property
+    def is_without_batch(self) -> bool:
+        """Whether there is a budget and no batch was simulated for it."""
+        return self.budget_bytes is not None and self.prediction is None
+
+    @property
+    def seconds(self) -> float:
+        """Predicted time of a steady step, for comparing plans; 0 without a prediction."""
+        return 0.0 if self.prediction is None else sum(self.prediction.seconds.values())
 
     @property
     def within_budget(self) -> bool:
@@ -217,6 +235,9 @@ class Plan:
                 tuple(data["chosen"]),
                 tuple((words, size) for words, size in data["rejected"]),
                 tuple(data["nearest"]),
+                data["keep_logits"],
+                data["micro_batches"],
+                {name: tuple(shape) for name, shape in data["batch"].items()},
             )
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f"not a plan that galore_fx wrote: {error!r}") from error

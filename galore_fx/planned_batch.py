@@ -1,5 +1,6 @@
 """Keeps a training call within the batch that its budget was planned for."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -9,14 +10,14 @@ from galore_fx.sample_check import call_arguments
 
 
 class PlannedBatch:
-    """The shapes of a sample. Called with a training call's arguments, it refuses what the plan does not cover.
+    """Called with a training call's arguments, it refuses what the plan does not cover.
 
     Args:
-        sample: what the plan was made with.
+        shapes: of the sample that the plan was made with, by argument.
     """
 
-    def __init__(self, sample: object) -> None:
-        self._shapes = _shapes(*call_arguments(sample, lambda value: value))
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Passes batches that are nowhere larger than the sample.
@@ -24,7 +25,7 @@ class PlannedBatch:
         Raises:
             UsageError: a tensor is larger than the sample's in some dimension, or the sample had none of that name.
         """
-        for name, shape in _shapes(args, kwargs).items():
+        for name, shape in shapes_of(args, kwargs).items():
             planned = self._shapes.get(name)
             smaller = planned is not None and len(planned) == len(shape)
             if not (smaller and all(size <= limit for size, limit in zip(shape, planned or (), strict=True))):
@@ -35,6 +36,12 @@ class PlannedBatch:
                 )
 
 
-def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def sample_shapes(sample: object) -> dict[str, tuple[int, ...]]:
+    """Shapes of a sample's tensors, by argument."""
+    return shapes_of(*call_arguments(sample, lambda value: value))
+
+
+def shapes_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a call, by argument."""
     named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
     return {name: tuple(value.shape) for name, value in named.items() if isinstance(value, Tensor)}

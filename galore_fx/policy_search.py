@@ -11,9 +11,10 @@ from galore_fx.passes.memory_plan.step_model import StepModel
 from galore_fx.plan_record import Plan
 from galore_fx.request import Request
 from galore_fx.simulation import Decide, FakeTraining
+from galore_fx.units import parse_bytes
 
 ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
-# On CUDA, until a GPU has verified the simulation: context and libraries, and a share for fragmentation and workspaces.
+# On CUDA, until a GPU has verified the simulation: context, libraries and their workspaces; a share for fragmentation.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CUDA_MARGIN = 0.1
 
@@ -21,8 +22,11 @@ CUDA_MARGIN = 0.1
 class PolicySearch:
     """The activation policy of one candidate."""
 
-    def __init__(self, training: FakeTraining, plan: Plan, device: str, words: tuple[str, ...]) -> None:
+    def __init__(
+        self, training: FakeTraining, plan: Plan, device: str, reserve: str | int | None, words: tuple[str, ...]
+    ) -> None:
         self._training, self._plan, self._device, self._words = training, plan, device, words
+        self._reserve = reserve
 
     def as_given(self) -> Plan:
         """The plan with the policy that it has."""
@@ -39,7 +43,7 @@ class PolicySearch:
         model = self._training.model(ACTIVATION_BUDGETS)
         problem = model.problem()
         assert self._plan.budget_bytes is not None
-        choice = fastest_within(problem, largest_peak(self._plan.budget_bytes, self._device))
+        choice = fastest_within(problem, largest_peak(self._plan.budget_bytes, self._device, self._reserve))
         return self._predicted(model, least_peak(problem) if choice is None else choice)
 
     def _predicted(self, model: StepModel, choice: Choice) -> Plan:
@@ -56,17 +60,21 @@ class PolicySearch:
             chosen=words,
             prediction=prediction,
             estimated=self._device != "cpu",
-            reserve_bytes=_reserve(prediction.peak_bytes, self._device),
+            reserve_bytes=_reserve_bytes(prediction.peak_bytes, self._device, self._reserve),
         )
 
 
-def _reserve(peak_bytes: int, device: str) -> int:
+def _reserve_bytes(peak_bytes: int, device: str, reserve: str | int | None) -> int:
+    if reserve is not None:
+        return parse_bytes(reserve, "reserve") if reserve else 0
     return int(CUDA_CONTEXT_BYTES + CUDA_MARGIN * peak_bytes) if device != "cpu" else 0
 
 
-def largest_peak(budget_bytes: int, device: str) -> int:
+def largest_peak(budget_bytes: int, device: str, reserve: str | int | None) -> int:
     """The highest peak that leaves room for its reserve."""
-    return budget_bytes if device == "cpu" else int((budget_bytes - CUDA_CONTEXT_BYTES) / (1 + CUDA_MARGIN))
+    if reserve is not None or device == "cpu":
+        return budget_bytes - _reserve_bytes(0, device, reserve)
+    return int((budget_bytes - CUDA_CONTEXT_BYTES) / (1 + CUDA_MARGIN))
 
 
 def deciding(request: Request) -> Decide:

@@ -25,3 +25,4 @@ class Request:
     keep_logits: bool = False
     micro_batches: int = 1
     device: str | None = None
+    reserve: str | int | None = None

@@ -17,7 +17,7 @@ code that Inductor generates.
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ from galore_fx.plan_record import Prediction
 from galore_fx.runtime.dispatch import TrainingForward
 from galore_fx.sample_check import describe_sample
 
+# The caching allocator rounds every block up to this (c10/cuda/CUDACachingAllocator, kMinBlockSize).
+CUDA_GRANULARITY = 512
 Decide = Callable[[nn.Module, Variants], Decisions]
 
 
@@ -68,6 +70,7 @@ class StepSimulator:
         self._variants: Variants = {}
         self._scratch = kernel_scratch_bytes if device == "cpu" else None
         self._rates = this_cpu() if device == "cpu" else RTX_4090
+        self.granularity = 1 if device == "cpu" else CUDA_GRANULARITY
         self._counter: StorageCounter | None = None
 
     def train(self, make_decisions: Decide, *, short: bool = True) -> "FakeTraining":
@@ -87,7 +90,7 @@ class StepSimulator:
         decisions = make_decisions(fake, self._variants)
         for group in decisions.optimizer.param_groups:
             decisions.updates.prepare(group)
-        counter = StorageCounter(self._scratch, self._rates.seconds)
+        counter = StorageCounter(self._scratch, self._rates.seconds, self.granularity)
         num_elements = sum(p.numel() for p in self._model.parameters())
         compiler = RegionCompiler(self._regions, all_forms=True)
         with self.playing(counter):
@@ -228,27 +231,26 @@ class FakeTraining:
         optimizer = self._optimizer
         records = {id(record.weight): record for record in optimizer.records}
 
-        def count(tensors: Any) -> int:
-            storages = {id(t.untyped_storage()): t.untyped_storage() for t in tensors if isinstance(t, Tensor)}
-            new = {key: storage for key, storage in storages.items() if key not in seen}
-            seen.update(new)
-            return sum(storage.nbytes() for storage in new.values())
+        found: dict[str, int] = {}
 
-        def count_module(module: nn.Module) -> dict[str, int]:
-            parameters = list(module.parameters())
+        def count(category: str, times: int, tensors: Iterable[Any]) -> None:
+            storages = {id(t.untyped_storage()): t.untyped_storage() for t in tensors if isinstance(t, Tensor)}
+            sizes = [storage.nbytes() for key, storage in storages.items() if key not in seen]
+            seen.update(storages)
+            padding = sum(-size % self._simulator.granularity for size in sizes)
+            found[category] = found.get(category, 0) + times * sum(sizes)
+            if padding:
+                found["rounding"] = found.get("rounding", 0) + times * padding
+
+        for module, members in [*zip(self._modules, self._members, strict=True), (self._fake, (0,))]:
+            parameters, times = list(module.parameters()), len(members)
             own = [records[id(p)] for p in parameters if id(p) in records]
             states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-            return {
-                "weights": count([*parameters, *module.buffers()]),
-                "bases": count([t for r in own for t in (r.basis, r.leaf, r.sketch_leaf)]),
-                "optimizer_state": count([t for state in states for t in state.values()]),
-            }
-
-        found: dict[str, int] = {}
-        for module, members in [*zip(self._modules, self._members, strict=True), (self._fake, (0,))]:
-            for key, num_bytes in count_module(module).items():
-                found[key] = found.get(key, 0) + len(members) * num_bytes
-        return {**found, "activations": count([*self._args, *self._kwargs.values()])}
+            count("weights", times, [*parameters, *module.buffers()])
+            count("bases", times, [t for r in own for t in (r.basis, r.leaf, r.sketch_leaf)])
+            count("optimizer_state", times, [t for state in states for t in state.values()])
+        count("activations", 1, [*self._args, *self._kwargs.values()])
+        return found
 
 
 def _watch(fake: nn.Module, blocks: InstalledBlocks, calls: BlockCalls) -> None:

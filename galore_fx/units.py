@@ -24,11 +24,12 @@ _ALLOWED = "a number and a unit (B, KB, MB, GB, TB: powers of 1000; KiB, MiB, Gi
 _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]+)\s*")
 
 
-def parse_bytes(value: str | int) -> int:
-    """Bytes of a budget.
+def parse_bytes(value: str | int, name: str = "budget") -> int:
+    """Bytes of a budget, or of what else ``name`` says.
 
     Args:
         value: text such as ``"16GB"`` or ``"15.5 GiB"``, or a positive integer of bytes.
+        name: what it is, for messages.
 
     Returns:
         Bytes, a positive integer.
@@ -37,18 +38,18 @@ def parse_bytes(value: str | int) -> int:
         SettingError: not of that form, or not positive; names the value.
     """
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise SettingError(f"budget {value!r} is a {type(value).__name__}; give {_ALLOWED}, or an int of bytes")
+        raise SettingError(f"{name} {value!r} is a {type(value).__name__}; give {_ALLOWED}, or an int of bytes")
     if isinstance(value, int):
         num_bytes = value
     else:
         match = _PATTERN.fullmatch(value)
         factor = _UNITS.get(match.group(2).upper()) if match else None
         if match is None or factor is None:
-            raise SettingError(f"budget {value!r} is not {_ALLOWED}, for example '16GB'")
+            raise SettingError(f"{name} {value!r} is not {_ALLOWED}, for example '16GB'")
         size = float(match.group(1)) * factor
         num_bytes = int(size) if math.isfinite(size) else 0
     if num_bytes <= 0:
-        raise SettingError(f"budget {value!r} must be more than 0 bytes")
+        raise SettingError(f"{name} {value!r} must be more than 0 bytes")
     return num_bytes
 
 

@@ -159,18 +159,16 @@ class TrainingForward(_StandIn):
         module: the model.
         original: its forward.
         training: what runs in training in its place, with the module as first argument; None for the original.
+
+    Attributes:
         check: called with the arguments of each training call before it runs; raises what it refuses.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        original: Callable[..., Any],
-        training: Callable[..., Any] | None = None,
-        check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+        self, module: nn.Module, original: Callable[..., Any], training: Callable[..., Any] | None = None
     ) -> None:
         super().__init__(module)
-        self.check = check
+        self.check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.original = original
         self.training = training
 

@@ -81,6 +81,16 @@ def bert(layers: int, hidden: int, batch: int, seq: int) -> Made:
     return model, {"input_ids": _tokens(batch, seq, 2048), "attention_mask": mask, "labels": torch.arange(batch) % 3}
 
 
+def moe(layers: int, hidden: int, batch: int, seq: int) -> Made:
+    """Four experts, two of them for each token (Mixtral)."""
+    config = hf.MixtralConfig(
+        hidden_size=hidden, intermediate_size=hidden * 2, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=2048,
+        max_position_embeddings=512, **_PLAIN,
+    )  # fmt: skip
+    return _causal(hf.MixtralForCausalLM(config), batch, seq, 2048)
+
+
 class Perceptron(nn.Module):
     """Linear layers in a list."""
 
@@ -105,6 +115,7 @@ MODELS: dict[str, list[tuple[Callable[..., Made], tuple[int, int, int, int]]]] =
     "qwen2": [(qwen2, (4, 128, 8, 128))],
     "gpt2": [(gpt2, (4, 128, 8, 128)), (gpt2, (2, 512, 1, 64))],
     "bert": [(bert, (4, 128, 8, 128))],
+    "moe": [(moe, (4, 128, 4, 128))],
     "mlp": [(mlp, (4, 256, 8, 128))],
 }
 

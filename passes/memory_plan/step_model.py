@@ -184,7 +184,9 @@ class StepModel:
             if not moment.phase.startswith("refresh") and moment.phase != "eval":
                 timeline.append((moment.phase, sizes))
         phases["save"] = kept
-        return Prediction(peak, phases, categories, tuple(timeline), uncaptured, self._seconds(choice))
+        return Prediction(
+            peak, phases, categories, tuple(timeline), uncaptured, self._seconds(choice), dict(self._persistent)
+        )
 
     def _seconds(self, choice: Sequence[int]) -> dict[str, float]:
         """Of a steady step, by phase; what a backward takes above that of the fastest share is recomputation."""

@@ -33,6 +33,7 @@ class Allocation:
 
     Attributes:
         num_bytes: its size.
+        padding: bytes that the allocator adds to it.
         phase: the phase in which it was made.
         category: what it is for.
         made: number of the event that made it.
@@ -44,6 +45,7 @@ class Allocation:
     category: str
     made: int
     freed: int | None = None
+    padding: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +68,12 @@ class StorageCounter(TorchDispatchMode):
     Args:
         scratch: bytes that an operation takes for its own duration, from itself and its arguments.
         cost: seconds that an operation takes, from itself, its arguments and what it returns.
+        granularity: allocations are multiples of so many bytes.
     """
 
-    def __init__(self, scratch: Scratch | None = None, cost: Cost | None = None) -> None:
+    def __init__(self, scratch: Scratch | None = None, cost: Cost | None = None, granularity: int = 1) -> None:
         super().__init__()
+        self._granularity = granularity
         self._scratch = scratch
         self._cost = cost
         self.costs: list[tuple[int, str, float]] = []
@@ -164,16 +168,16 @@ class StorageCounter(TorchDispatchMode):
 
     def moments(self, start: int, end: int) -> list[Moment]:
         """What was alive after each event of a window, of all that was made inside the window."""
-        changes: list[tuple[int, str, int]] = []
+        changes: list[tuple[int, Allocation, int]] = []
         for allocation in self.allocations:
             if start <= allocation.made < end:
-                changes.append((allocation.made, allocation.category, allocation.num_bytes))
+                changes.append((allocation.made, allocation, 1))
                 if allocation.freed is not None and allocation.freed < end:
-                    changes.append((allocation.freed, allocation.category, -allocation.num_bytes))
+                    changes.append((allocation.freed, allocation, -1))
         alive: dict[str, int] = {}
         found = []
-        for number, category, num_bytes in sorted(changes):
-            alive[category] = alive.get(category, 0) + num_bytes
+        for number, allocation, sign in sorted(changes, key=lambda change: change[0]):
+            _add(alive, allocation, sign)
             found.append(Moment(self._phases[number], dict(alive), number))
         return found
 
@@ -182,7 +186,7 @@ class StorageCounter(TorchDispatchMode):
         found: dict[str, int] = {}
         for a in self.allocations:
             if made[0] <= a.made < made[1] and (a.freed is None or a.freed >= end):
-                found[a.category] = found.get(a.category, 0) + a.num_bytes
+                _add(found, a, 1)
         return found
 
     def _note(self, tensor: Tensor) -> None:
@@ -190,7 +194,9 @@ class StorageCounter(TorchDispatchMode):
         key = id(storage)
         if key in self._alive:
             return
-        allocation = Allocation(storage.nbytes(), self._phase, self._category, self._event())
+        num_bytes = storage.nbytes()
+        padding = -num_bytes % self._granularity
+        allocation = Allocation(num_bytes, self._phase, self._category, self._event(), padding=padding)
         self.allocations.append(allocation)
         self._alive[key] = weakref.ref(storage, self._freeing(key)), allocation
 
@@ -205,6 +211,12 @@ class StorageCounter(TorchDispatchMode):
     def _event(self) -> int:
         self._phases.append(self._phase)
         return len(self._phases) - 1
+
+
+def _add(sizes: dict[str, int], allocation: Allocation, sign: int) -> None:
+    sizes[allocation.category] = sizes.get(allocation.category, 0) + sign * allocation.num_bytes
+    if allocation.padding:
+        sizes["rounding"] = sizes.get("rounding", 0) + sign * allocation.padding
 
 
 class _Unknown:

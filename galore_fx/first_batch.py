@@ -1,0 +1,92 @@
+"""What happens before each training call of a model with a budget: its batch is planned, held to the plan, watched."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from galore_fx.choice import decide_for_sample
+from galore_fx.decisions import Decisions
+from galore_fx.fake_model import meta_copy
+from galore_fx.handle import Compiled
+from galore_fx.installation import InstalledBlocks
+from galore_fx.optimizer_choice import for_a_copy
+from galore_fx.passes.memory_plan.plan_parameters import check_budget
+from galore_fx.planned_batch import PlannedBatch
+from galore_fx.request import Request
+from galore_fx.runtime.peak_watch import PeakWatch
+
+Check = Callable[[tuple[Any, ...], dict[str, Any]], None]
+
+
+class TrainingCheck:
+    """Called with the arguments of each training call before it runs.
+
+    Args:
+        planned: refuses batches that the plan does not cover; None where there is no plan of a batch yet.
+        plan_first: plans for the first batch and returns what holds later ones to it; None if it is not to be planned.
+        watch: measures one of the first steps.
+    """
+
+    def __init__(
+        self, planned: Check | None, plan_first: Callable[[object], Check] | None, watch: PeakWatch | None
+    ) -> None:
+        self._planned, self._plan_first, self._watch = planned, plan_first, watch
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Passes a batch or raises.
+
+        Raises:
+            UsageError: a batch larger than the planned one.
+            BudgetError: no plan for the first batch fits the budget.
+        """
+        if self._plan_first is not None:
+            self._planned = self._plan_first((args, kwargs))
+            self._plan_first = None
+        if self._planned is not None:
+            self._planned(args, kwargs)
+        if self._watch is not None:
+            self._watch.forward_begins()
+
+
+def plan_for_first_batch(
+    model: nn.Module, request: Request, decisions: Decisions, blocks: InstalledBlocks, compiled: Compiled
+) -> Callable[[object], Check]:
+    """Plans for a compiled model what is still open when its first batch comes: the activation policy.
+
+    Args:
+        model: the compiled model.
+        request: what was asked for, with a budget and without a sample.
+        decisions: what was decided without a batch.
+        blocks: take the policy.
+        compiled: takes the plan.
+    """
+
+    def plan(call: Any) -> Check:
+        args, kwargs = call
+        sample = dict(inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments)
+        sample.pop(next(iter(sample)))  # self
+        sample |= sample.pop("kwargs", {})
+        settled = {"update": decisions.recipe.update}
+        if decisions.recipe.projects:
+            settled["rank"] = decisions.recipe.rank  # type: ignore[assignment]
+        recipe = decisions.recipe if not isinstance(request.recipe, str) else request.recipe
+        overrides = {**request.overrides, **settled} if isinstance(recipe, str) else {}
+        asked = dataclasses.replace(
+            request,
+            budget=decisions.plan.budget_bytes,
+            sample=sample,
+            recipe=recipe,
+            overrides=overrides,
+            optimizer=for_a_copy(decisions.optimizer),
+            device=next(model.parameters()).device.type,
+        )
+        made = decide_for_sample(meta_copy(model), asked).plan
+        check_budget(made)
+        blocks.set_policy(made.activation_policy)
+        compiled.plan = made
+        return PlannedBatch(made.batch)
+
+    return plan

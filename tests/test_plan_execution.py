@@ -1,0 +1,145 @@
+"""The plan is what runs: batches are held to it, it can be made late, saved, read and run again, and is checked."""
+
+import pytest
+import torch
+
+import galore_fx
+from galore_fx import measurement
+from galore_fx.measurement import counted_peak, kept_bytes
+from galore_fx.runtime import peak_watch
+from tests.models import adamw, batches, llama
+
+IDS = batches(1, 8, 48)[0]
+SAMPLE = {"input_ids": IDS, "labels": IDS}
+BATCHES = [{"input_ids": ids, "labels": ids} for ids in batches(4, 8, 48)]
+
+
+def small(layers=1):
+    return llama(layers, hidden=64)
+
+
+def losses(model):
+    found = []
+    for batch in BATCHES:
+        loss = model(**batch).loss
+        loss.backward()
+        model.galore_fx.optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def test_a_larger_batch_than_planned_is_refused_and_a_smaller_one_trains():
+    model = galore_fx.compile(small(1), "1GB", sample=SAMPLE, optimizer=adamw())
+    smaller = IDS[:2, :16]
+    model(input_ids=smaller, labels=smaller).loss.backward()
+    longer = batches(1, 4, 49)[0]
+    with pytest.raises(galore_fx.UsageError, match=r"input_ids of shape \(4, 49\) was \(8, 48\) in the sample"):
+        model(input_ids=longer, labels=longer)
+    with pytest.raises(galore_fx.UsageError, match="attention_mask of shape .* not in the sample"):
+        model(input_ids=smaller, labels=smaller, attention_mask=torch.ones_like(smaller))
+    with torch.no_grad():
+        assert model(input_ids=longer).logits.shape[1] == 49, "evaluation is not held to it"
+
+
+def test_without_a_sample_the_first_batch_is_planned_before_it_runs():
+    model, loose = small(2), galore_fx.plan(small(2), sample=SAMPLE, optimizer=adamw(), rank=8)
+    galore_fx.compile(model, int(0.85 * loose.peak_bytes), optimizer=adamw(), rank=8, update="deferred")
+    assert model.galore_fx.plan.prediction is None
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    plan = model.galore_fx.plan
+    assert plan.fits and min(plan.activation_policy) < 1.0 and plan.recipe["rank"] == 8
+    assert counted_peak(model, SAMPLE) == pytest.approx(plan.peak_bytes, abs=64)
+    larger = batches(1, 8, 49)[0]
+    with pytest.raises(galore_fx.UsageError, match="was .8, 48. in the sample"):
+        model(input_ids=larger, labels=larger)
+
+
+def test_a_first_batch_that_does_not_fit_is_refused_before_it_runs():
+    model = small()
+    galore_fx.compile(model, "2MB", optimizer=adamw(), rank=8, update="deferred")
+    with pytest.raises(galore_fx.BudgetError, match="would fit: a budget of .*; batch . instead of 8"):
+        model(input_ids=IDS, labels=IDS)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_plan_read_from_json_recreates_the_run():
+    loose = galore_fx.plan(small(2), sample=SAMPLE, optimizer=adamw(), rank=8)
+    first = galore_fx.compile(small(2), int(0.8 * loose.peak_bytes), sample=SAMPLE, optimizer=adamw(), rank=8)
+    text = first.galore_fx.plan.to_json()
+    second = galore_fx.compile(small(2), plan=galore_fx.Plan.from_json(text), optimizer=adamw())
+    assert second.galore_fx.plan == first.galore_fx.plan
+    assert losses(second) == losses(first)
+    assert counted_peak(second, SAMPLE) == pytest.approx(first.galore_fx.plan.peak_bytes, abs=64)
+
+
+def test_a_plan_for_something_else_is_refused():
+    plan = galore_fx.plan(small(), optimizer=adamw())
+    with pytest.raises(galore_fx.ModelError, match="made for other blocks: 1 in the plan, 2 in this model"):
+        galore_fx.compile(small(2), plan=plan, optimizer=adamw())
+    with pytest.raises(galore_fx.ModelError, match="made for other optimizer: AdamW in the plan, SGD"):
+        galore_fx.compile(small(), plan=plan, optimizer=torch.optim.SGD)
+    with pytest.raises(galore_fx.SettingError, match="budget, overrides cannot be given beside it"):
+        galore_fx.compile(small(), "1GB", plan=plan, rank=4)
+
+
+def test_auto_takes_what_the_device_has():
+    plan = galore_fx.plan(small(), "auto", sample=SAMPLE, optimizer=adamw())
+    assert 10**8 < plan.budget_bytes < 10**13 and plan.fits
+    with torch.device("meta"):
+        model = small()
+    with pytest.raises(galore_fx.SettingError, match="meta has no memory"):
+        galore_fx.plan(model, "auto", optimizer=adamw())
+
+
+def test_a_reserve_is_kept_free():
+    loose = galore_fx.plan(small(), sample=SAMPLE, optimizer=adamw(), rank=8)
+    budget = loose.peak_bytes + 1000
+    plan = galore_fx.plan(small(), budget, sample=SAMPLE, optimizer=adamw(), rank=8, reserve=2000)
+    assert plan.fits and plan.reserve_bytes == 2000 and plan.peak_bytes <= budget
+    assert plan.prediction.peak_bytes < loose.peak_bytes
+    with pytest.raises(galore_fx.SettingError, match="reserve 'much'"):
+        galore_fx.plan(small(), budget, sample=SAMPLE, optimizer=adamw(), reserve="much")
+
+
+def test_enforcing_needs_a_gpu_and_says_so():
+    with pytest.raises(galore_fx.SettingError, match="enforce=True needs a model on a CUDA device"):
+        galore_fx.compile(small(), "1GB", optimizer=adamw(), enforce=True)
+    with pytest.raises(galore_fx.SettingError, match="enforce=True needs a budget"):
+        galore_fx.compile(small(), optimizer=adamw(), enforce=True)
+
+
+class _Told:
+    """A meter that says what it is told."""
+
+    def __init__(self, num_bytes):
+        self.num_bytes = num_bytes
+
+    def start(self):
+        pass
+
+    def stop(self):
+        return self.num_bytes
+
+
+@pytest.mark.parametrize("excess", [0, 10**6])
+def test_a_step_that_exceeds_its_plan_is_warned_of_with_the_category(excess, recwarn):
+    model = galore_fx.compile(small(), "1GB", sample=SAMPLE, optimizer=adamw())
+    prediction = model.galore_fx.plan.prediction
+    kept = kept_bytes(model, model.galore_fx.optimizer)
+    assert all(kept[name] == prediction.kept[name] for name in kept)
+    watch = peak_watch.PeakWatch(
+        _Told(prediction.peak_bytes + excess), prediction.peak_bytes, kept, lambda: {**kept, "bases": 640}, 0.01
+    )
+    model.forward.check._watch = watch
+    model.galore_fx.optimizer.register_step_post_hook(lambda *_: watch.step_ends())
+    losses(model)
+    found = [str(w.message) for w in recwarn if "was planned for" in str(w.message)]
+    assert watch.measured_bytes == prediction.peak_bytes + excess
+    assert len(found) == (excess > 0)
+    if excess:
+        assert "bases +640, activations, loss, workspace or other tensors +999360" in found[0]
+
+
+def test_the_peak_is_watched_on_a_gpu_only():
+    model = galore_fx.compile(small(), "1GB", sample=SAMPLE, optimizer=adamw())
+    assert measurement.watch_peak(model, model.galore_fx.optimizer, model.galore_fx.plan) is None
