@@ -1,5 +1,11 @@
 """The plan is what runs: batches are held to it, it can be made late, saved, read and run again, and is checked."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -143,3 +149,26 @@ def test_a_step_that_exceeds_its_plan_is_warned_of_with_the_category(excess, rec
 def test_the_peak_is_watched_on_a_gpu_only():
     model = galore_fx.compile(small(), "1GB", sample=SAMPLE, optimizer=adamw())
     assert measurement.watch_peak(model, model.galore_fx.optimizer, model.galore_fx.plan) is None
+
+
+_PLAN_AND_TRAIN = """
+import json
+from tests.test_plan_execution import SAMPLE, adamw, counted_peak, galore_fx, losses, small
+model = galore_fx.compile(small(2), 4_260_000, sample=SAMPLE, optimizer=adamw(), rank=8, update="deferred")
+plan = model.galore_fx.plan
+print(json.dumps([plan.activation_policy, plan.peak_bytes, losses(model), counted_peak(model, SAMPLE)]))
+"""
+
+
+def test_a_second_process_plans_and_trains_the_same_from_one_compile_cache(tmp_path):
+    """What the first has compiled is found by the second: neither may be given the other's kernels or none."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", _PLAN_AND_TRAIN]
+    runs = [
+        subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True) for _ in range(2)
+    ]
+    first, second = (json.loads(run.stdout) for run in runs)
+    assert first[:3] == second[:3] and min(first[0]) < 1.0
+    for _, planned, _, counted in (first, second):
+        assert counted == pytest.approx(planned, abs=64)

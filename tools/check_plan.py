@@ -111,9 +111,9 @@ def mlp(layers: int, hidden: int, batch: int, seq: int) -> Made:
 
 
 MODELS: dict[str, list[tuple[Callable[..., Made], tuple[int, int, int, int]]]] = {
-    "llama": [(llama, (4, 128, 8, 128)), (llama, (8, 256, 1, 64)), (llama, (2, 512, 2, 128))],
+    "llama": [(llama, (4, 128, 8, 128)), (llama, (8, 512, 1, 64))],
     "qwen2": [(qwen2, (4, 128, 8, 128))],
-    "gpt2": [(gpt2, (4, 128, 8, 128)), (gpt2, (2, 512, 1, 64))],
+    "gpt2": [(gpt2, (4, 128, 8, 128))],
     "bert": [(bert, (4, 128, 8, 128))],
     "moe": [(moe, (4, 128, 4, 128))],
     "mlp": [(mlp, (4, 256, 8, 128))],

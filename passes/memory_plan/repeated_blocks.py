@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,17 +17,23 @@ _POSITION = ("layer_idx", "layer_id", "layer_number", "layer_index", "idx", "ind
 def stand_ins(model: nn.Module, regions: Sequence[Region]) -> tuple[tuple[int, ...], ...]:
     """The blocks to play, in order; for each the blocks that it stands for, itself among them.
 
-    A row is a run of blocks in one ``nn.ModuleList`` that are equal but for their place in it and share no parameter.
+    A row is a run of neighbours in one ``nn.ModuleList`` that are equal but for their place and share no parameter.
     Of a row longer than three the first, the second and the last are played, and the second stands for all between.
+    A model whose configuration gives its layers different types may look them up by place: all its blocks are played.
     """
+    if any(len(set(types)) > 1 for types in _layer_types(model)):
+        return tuple((block,) for block in range(len(regions)))
     users: dict[int, int] = {}
     for region in regions:
         for key in {id(p) for p in region.module.parameters()}:
             users[key] = users.get(key, 0) + 1
-    kinds = []
-    for region in regions:
+    kinds: list[tuple[object, ...]] = []
+    for number, region in enumerate(regions):
         shared = any(users[id(p)] > 1 for p in region.module.parameters())
-        kinds.append((_owner(region.name), region.name if shared else _kind(region.module)))
+        owner, _, place = region.name.rpartition(".")
+        # Equal for neighbours in a list only: what stands between two blocks of a row would belong to neither.
+        distance = int(place) - number if place.isdigit() else None
+        kinds.append((owner, distance, region.name if shared else _kind(region.module)))
     members: list[tuple[int, ...]] = []
     for _, row in itertools.groupby(range(len(regions)), key=lambda index: kinds[index]):
         blocks = tuple(row)
@@ -60,6 +66,11 @@ def deepcopy_short(model: nn.Module, cut: dict[int, nn.ModuleList]) -> nn.Module
         for child in short:
             copied.append(copy.deepcopy(child, memo))
     return copy.deepcopy(model, memo)
+
+
+def _layer_types(model: nn.Module) -> Iterator[Sequence[str]]:
+    configs = {id(found): found for m in model.modules() if (found := getattr(m, "config", None)) is not None}
+    return (types for config in configs.values() if (types := getattr(config, "layer_types", None)))
 
 
 def _owner(name: str) -> str:
