@@ -43,9 +43,8 @@ def test_gradient_checkpointing_keeps_less():
         if checkpointing:
             enable_checkpointing(plain)
         model = galore_fx.compile(plain, rank=4, optimizer=adamw())
-        for _ in range(3):
-            backward(model, ids)
-            model.galore_fx.optimizer.step()
+        backward(model, ids)  # compiles the refreshing form; the next window refreshes too
+        model.galore_fx.optimizer.step()
         kept.append(_bytes_kept_by_a_forward(model, ids))
     assert kept[1] < 0.5 * kept[0]
 

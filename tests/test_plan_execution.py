@@ -12,8 +12,9 @@ import torch
 import galore_fx
 from galore_fx import measurement
 from galore_fx.measurement import counted_peak, kept_bytes
+from galore_fx.policy_search import largest_peak
 from galore_fx.runtime import peak_watch
-from tests.models import adamw, batches, llama
+from tests.models import adamw, batches, largest_error, llama
 
 IDS = batches(1, 8, 48)[0]
 SAMPLE = {"input_ids": IDS, "labels": IDS}
@@ -68,14 +69,22 @@ def test_a_first_batch_that_does_not_fit_is_refused_before_it_runs():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_plan_read_from_json_recreates_the_run():
-    loose = galore_fx.plan(small(2), sample=SAMPLE, optimizer=adamw(), rank=8)
-    first = galore_fx.compile(small(2), int(0.8 * loose.peak_bytes), sample=SAMPLE, optimizer=adamw(), rank=8)
-    text = first.galore_fx.plan.to_json()
-    second = galore_fx.compile(small(2), plan=galore_fx.Plan.from_json(text), optimizer=adamw())
-    assert second.galore_fx.plan == first.galore_fx.plan
-    assert losses(second) == losses(first)
-    assert counted_peak(second, SAMPLE) == pytest.approx(first.galore_fx.plan.peak_bytes, abs=64)
+def test_a_budget_is_met_without_loss_and_a_plan_read_from_json_recreates_the_run():
+    settings = {"optimizer": adamw(), "rank": 8}
+    loose = galore_fx.plan(small(2), sample=SAMPLE, **settings)
+    budget = int(0.8 * loose.peak_bytes)
+    planned = galore_fx.compile(small(2), budget, sample=SAMPLE, strict=True, **settings)
+    plan = planned.galore_fx.plan
+    assert plan.fits and plan.peak_bytes <= budget and min(plan.activation_policy) < 1.0
+    assert any("recomputed" in words for words in plan.chosen)
+    again = galore_fx.compile(small(2), plan=galore_fx.Plan.from_json(plan.to_json()), optimizer=adamw())
+    plain = galore_fx.compile(small(2), strict=True, **settings)
+    assert again.galore_fx.plan == plan
+    assert losses(again) == losses(planned)
+    losses(plain)
+    assert largest_error(planned, plain) < 1e-6, "neither recomputation nor the update mode changes a number"
+    # The first model that trains in a process has been seen to hold seven numbers longer.
+    assert counted_peak(again, SAMPLE) == pytest.approx(plan.peak_bytes, abs=64)
 
 
 def test_a_plan_for_something_else_is_refused():
@@ -98,13 +107,13 @@ def test_auto_takes_what_the_device_has():
 
 
 def test_a_reserve_is_kept_free():
-    loose = galore_fx.plan(small(), sample=SAMPLE, optimizer=adamw(), rank=8)
-    budget = loose.peak_bytes + 1000
-    plan = galore_fx.plan(small(), budget, sample=SAMPLE, optimizer=adamw(), rank=8, reserve=2000)
-    assert plan.fits and plan.reserve_bytes == 2000 and plan.peak_bytes <= budget
-    assert plan.prediction.peak_bytes < loose.peak_bytes
+    plan = galore_fx.plan(small(), "1GB", sample=SAMPLE, optimizer=adamw(), reserve="10MB")
+    assert plan.fits and plan.reserve_bytes == 10**7
+    assert plan.peak_bytes == plan.prediction.peak_bytes + 10**7 and plan.categories["reserve"] == 10**7
+    assert largest_peak(10**9, "cpu", 10**7) == largest_peak(10**9, "cuda", 10**7) == 10**9 - 10**7
+    assert largest_peak(10**9, "cpu", None) == 10**9 and largest_peak(10**9, "cuda", None) < 4 * 10**8
     with pytest.raises(galore_fx.SettingError, match="reserve 'much'"):
-        galore_fx.plan(small(), budget, sample=SAMPLE, optimizer=adamw(), reserve="much")
+        galore_fx.plan(small(), "1GB", sample=SAMPLE, optimizer=adamw(), reserve="much")
 
 
 def test_enforcing_needs_a_gpu_and_says_so():
@@ -154,7 +163,8 @@ def test_the_peak_is_watched_on_a_gpu_only():
 _PLAN_AND_TRAIN = """
 import json
 from tests.test_plan_execution import SAMPLE, adamw, counted_peak, galore_fx, losses, small
-model = galore_fx.compile(small(2), 4_260_000, sample=SAMPLE, optimizer=adamw(), rank=8, update="deferred")
+settings = {"rank": 8, "update": "deferred", "activation_budget": 0.2}
+model = galore_fx.compile(small(), "1GB", sample=SAMPLE, optimizer=adamw(), **settings)
 plan = model.galore_fx.plan
 print(json.dumps([plan.activation_policy, plan.peak_bytes, losses(model), counted_peak(model, SAMPLE)]))
 """
@@ -169,6 +179,6 @@ def test_a_second_process_plans_and_trains_the_same_from_one_compile_cache(tmp_p
         subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True) for _ in range(2)
     ]
     first, second = (json.loads(run.stdout) for run in runs)
-    assert first[:3] == second[:3] and min(first[0]) < 1.0
+    assert first[:3] == second[:3] and first[0] == [0.2]
     for _, planned, _, counted in (first, second):
         assert counted == pytest.approx(planned, abs=64)

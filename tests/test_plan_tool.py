@@ -120,7 +120,6 @@ _DECODER = {
 @pytest.mark.parametrize(
     ("size", "config"),
     [
-        (preset_models.DecoderSize(64, 176, 2, 4, 2, 300, 64), {"model_type": "mistral", **_DECODER}),
         (preset_models.DecoderSize(64, 176, 2, 4, 2, 300, 64, True), {"model_type": "qwen2", **_DECODER}),
         (
             preset_models.GPT2Size(64, 2, 4, 300, 64),
@@ -139,7 +138,7 @@ _DECODER = {
             },
         ),
     ],
-    ids=["mistral", "qwen2", "gpt2", "roberta"],
+    ids=["qwen2", "gpt2", "roberta"],
 )
 def test_presets_take_what_the_models_of_transformers_take(size, config, tmp_path):
     path = tmp_path / "config.json"
