@@ -1,6 +1,6 @@
 """Chooses what the recipe leaves open, so that the predicted peak of a step fits a budget.
 
-Settings stand in levels of falling quality: full rank, then lower and lower rank. Within a level nothing is lost: the
+Settings stand in levels of falling quality: full rank, then lower and lower rank. Within a level results are equal: the
 update may wait for ``step()`` or happen in the backward, and the activation policy is chosen by an exact solver, the
 fastest for which every moment of the step fits. The fastest plan of the first level with one that fits is taken.
 """
@@ -12,7 +12,6 @@ from torch import nn
 from tqdm import tqdm
 
 from galore_fx.decisions import Decisions, decide
-from galore_fx.errors import SettingError
 from galore_fx.nearest_changes import nearest_changes
 from galore_fx.planned_batch import sample_shapes
 from galore_fx.policy_search import PolicySearch, deciding
@@ -50,17 +49,14 @@ def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
     """
     on_meta = isinstance(model, nn.Module) and next(model.parameters()).device.type == "meta"
     wanted = decide(model, dataclasses.replace(request, sample=None) if on_meta else request)
-    if request.micro_batches > 1 and wanted.recipe.update == "in-backward":
-        raise SettingError(
-            f"micro_batches={request.micro_batches} accumulate gradients, which update='in-backward' cannot"
-        )
     device = request.device or ("cuda" if on_meta else next(model.parameters()).device.type)
     simulator = StepSimulator(
         model, request.sample, keep_logits=request.keep_logits, micro_batches=request.micro_batches, device=device
     )
     sample = request.sample
     # An instance of the user's is over the model's parameters and already checked.
-    request = dataclasses.replace(request, sample=None, optimizer=wanted.optimizer)
+    budget = wanted.plan.budget_bytes
+    request = dataclasses.replace(request, budget=budget, sample=None, optimizer=wanted.optimizer)
     if wanted.plan.budget_bytes is None:
         search = PolicySearch(simulator.train(deciding(request)), wanted.plan, device, request.reserve, ())
         found = dataclasses.replace(wanted, plan=search.as_given())
@@ -70,9 +66,7 @@ def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
     plan = dataclasses.replace(
         found.plan,
         nearest=nearest,
-        keep_logits=request.keep_logits,
-        micro_batches=request.micro_batches,
-        batch={} if request.budget is None else sample_shapes(sample),
+        batch={} if budget is None else sample_shapes(model, sample),
     )
     return dataclasses.replace(found, plan=plan)
 

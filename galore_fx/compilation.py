@@ -15,6 +15,7 @@ from galore_fx.installation import install
 from galore_fx.measurement import watch_peak
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
+from galore_fx.passes.memory_plan.plan_parameters import check_budget
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.plan_record import Plan
@@ -39,7 +40,7 @@ def plan(
     """What ``compile`` would do to the model, from shapes alone; changes nothing.
 
     Takes what ``compile`` takes, and raises what it raises, with one exception: a budget that cannot hold the training
-    is said by ``Plan.fits``. With a sample a whole step is simulated and its peak is in the plan; a budget then chooses
+    is said by ``Plan.within_budget`` (and ``Plan.fits``, where the prediction is no estimate). With a sample a whole step is simulated and its peak is in the plan; a budget then chooses
     what is left open: the share of activations that is kept, the update mode, the rank of recipe "auto".
 
     Args:
@@ -98,7 +99,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         ModelError: no linear layer to project, a sample the model does not accept, a model already compiled.
         OptimizerError: an optimizer over other parameters, or one whose step cannot be lowered.
         BudgetError: no plan fits the budget (with a sample), or what is kept through the step already exceeds it.
-        All are raised before anything in the model is changed.
+        All are raised before anything in the model is changed. With a budget and without a sample the first training
+        call may raise ModelError or BudgetError, before it runs.
     """
     request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, reserve=reserve)
     if plan is not None:
@@ -108,6 +110,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         decide_now = decide if sample is None or budget is None else decide_for_sample
         decisions = decide_now(model, request)
     made = decisions.plan
+    check_budget(made)
     if enforce:
         enforce_budget(model, made.budget_bytes)
     built = build_optimizer(model, decisions, optimizer)
@@ -116,8 +119,10 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     blocks = install(model, decisions.regions, compiler, head, policy=made.activation_policy, strict=strict)
     compiled = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)
     blocks.whole.check = TrainingCheck(
-        PlannedBatch(made.batch) if made.batch else None,
-        plan_for_first_batch(model, request, decisions, blocks, compiled) if made.is_without_batch else None,
+        PlannedBatch(model, made.batch) if made.batch else None,
+        plan_for_first_batch(model, request, decisions, blocks, compiled)
+        if plan is None and made.is_without_batch
+        else None,
         watch_peak(model, built.optimizer, made),
     )
     model.galore_fx = compiled  # type: ignore[assignment]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from galore_fx.device_memory import available_bytes
-from galore_fx.errors import ModelError
+from galore_fx.errors import ModelError, SettingError
 from galore_fx.handle import Compiled
 from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer
 from galore_fx.passes.memory_plan.plan_parameters import plan_parameters
@@ -17,7 +17,7 @@ from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe, resolve_recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
-from galore_fx.sample_check import check_sample
+from galore_fx.sample_trial import check_sample
 from galore_fx.units import parse_bytes
 
 
@@ -42,6 +42,13 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
     """
     refuse_unsupported_modes()
     resolved = resolve_recipe(request.recipe, request.overrides)
+    micro_batches = request.micro_batches
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+        raise SettingError(f"micro_batches={micro_batches!r} must be an int of at least 1")
+    if micro_batches > 1 and resolved.update == "in-backward":
+        raise SettingError(f"micro_batches={micro_batches} accumulate gradients, which update='in-backward' cannot")
+    if request.reserve:
+        parse_bytes(request.reserve, "reserve")
     budget = request.budget
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is not an nn.Module")
@@ -52,7 +59,9 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         )
     if isinstance(getattr(model, "galore_fx", None), Compiled):
         raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
-    budget_bytes = None if budget is None else available_bytes(model) if budget == "auto" else parse_bytes(budget)
+    budget_bytes = (
+        None if budget is None else available_bytes(model, request.device) if budget == "auto" else parse_bytes(budget)
+    )
     regions = find_regions(model)
     instance = resolve_optimizer(request.optimizer, model)
     updates = UpdateCompiler(type(instance), instance.defaults, variants)
@@ -73,6 +82,7 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         fixed_bytes=sum(b.nbytes for b in model.buffers())
         + sum(p.nbytes for p in model.parameters() if not p.requires_grad),
     )
+    made = dataclasses.replace(made, keep_logits=request.keep_logits, micro_batches=micro_batches)
     return Decisions(resolved, regions, instance, updates, made)
 
 
@@ -88,6 +98,7 @@ def decide_as_planned(model: nn.Module, plan: Plan, optimizer: OptimizerChoice) 
     for what, theirs, ours in (
         ("optimizer", plan.optimizer, made.optimizer),
         ("blocks", plan.regions, made.regions),
+        ("frozen parameters and buffers, in bytes", str(plan.fixed_bytes), str(made.fixed_bytes)),
         ("parameters", [_identity(p) for p in plan.parameters], [_identity(p) for p in made.parameters]),
     ):
         if theirs != ours:
@@ -98,4 +109,4 @@ def decide_as_planned(model: nn.Module, plan: Plan, optimizer: OptimizerChoice) 
 
 
 def _identity(parameter: ParameterPlan) -> tuple[object, ...]:
-    return parameter.name, parameter.shape, parameter.rank, parameter.dim, parameter.bytes["weights"]
+    return parameter.name, parameter.shape, parameter.rank, parameter.dim, tuple(parameter.bytes.items())

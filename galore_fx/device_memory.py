@@ -1,6 +1,8 @@
 """What a device has: for ``budget="auto"``, and to hold a process to its budget."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,23 +11,38 @@ from galore_fx.errors import SettingError
 from galore_fx.runtime.meter import tensor_bytes
 
 
-def available_bytes(model: nn.Module) -> int:
+def available_bytes(model: nn.Module, device: str | None) -> int:
     """Bytes that training a model may take on its device: what is free now, and what the model itself holds.
 
+    Args:
+        model: the model.
+        device: where it is to be trained, None for where it is.
+
     Raises:
-        SettingError: the model is on the meta device, which has no memory.
+        SettingError: it is to be trained elsewhere than it is, or is on the meta device, which has no memory.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    device = tensors[0].device
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    if device.type != "cpu":
+    here = tensors[0].device
+    if here.type not in ("cpu", "cuda") or device not in (None, here.type):
         raise SettingError(
-            f"budget 'auto' asks the model's device, and {device} has no memory; give a size such as '16GB'"
+            f"budget 'auto' asks the model's device, which is {here}"
+            f"{'' if device is None else f' and not {device}'}; give a size like '16GB'"
         )
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free + tensor_bytes(tensors)
+    own = tensor_bytes(tensors)
+    if here.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(here)
+        return free + torch.cuda.memory_reserved(here) - torch.cuda.memory_allocated(here) + own
+    return _available_on_cpu() + own
+
+
+def _available_on_cpu() -> int:
+    """What Linux says could be had without swapping, caches included; elsewhere what is free."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return 1024 * int(found.group(1))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def enforce_budget(model: nn.Module, budget_bytes: int | None) -> None:

@@ -26,7 +26,7 @@ from galore_fx.request import Request
 from galore_fx.runtime.compatibility import FakeTensorMode
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.subspace import ProjectedDim
-from galore_fx.sample_check import describe_sample
+from galore_fx.sample import describe_sample
 from galore_fx.units import format_bytes
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from galore_fx.errors import ModelError
 from galore_fx.runtime.compatibility import FakeCopyMode, FakeTensorMode, ShapeEnv
-from galore_fx.sample_check import call_arguments
+from galore_fx.sample import call_arguments
 
 
 def fake_mode() -> FakeTensorMode:
@@ -74,7 +74,8 @@ def fake_batch(sample: object, mode: FakeTensorMode) -> tuple[tuple[Any, ...], d
     def as_fake(value: Any) -> Any:
         if isinstance(value, Tensor) and id(value) not in made:
             with mode:
-                made[id(value)] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+                fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+                made[id(value)] = fake.requires_grad_(value.requires_grad)
         return made.get(id(value), value)
 
     return call_arguments(sample, as_fake)

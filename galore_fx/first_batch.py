@@ -1,7 +1,6 @@
 """What happens before each training call of a model with a budget: its batch is planned, held to the plan, watched."""
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,16 @@ from galore_fx.decisions import Decisions
 from galore_fx.fake_model import meta_copy
 from galore_fx.handle import Compiled
 from galore_fx.installation import InstalledBlocks
+from galore_fx.measurement import watch_peak
 from galore_fx.optimizer_choice import for_a_copy
 from galore_fx.passes.memory_plan.plan_parameters import check_budget
 from galore_fx.planned_batch import PlannedBatch
 from galore_fx.request import Request
 from galore_fx.runtime.peak_watch import PeakWatch
+from galore_fx.sample import TrainingCall
 
 Check = Callable[[tuple[Any, ...], dict[str, Any]], None]
+PlanFirst = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Check, PeakWatch | None]]
 
 
 class TrainingCheck:
@@ -26,13 +28,11 @@ class TrainingCheck:
 
     Args:
         planned: refuses batches that the plan does not cover; None where there is no plan of a batch yet.
-        plan_first: plans for the first batch and returns what holds later ones to it; None if it is not to be planned.
+        plan_first: plans for the first batch and returns the other two; None if it is not to be planned.
         watch: measures one of the first steps.
     """
 
-    def __init__(
-        self, planned: Check | None, plan_first: Callable[[object], Check] | None, watch: PeakWatch | None
-    ) -> None:
+    def __init__(self, planned: Check | None, plan_first: PlanFirst | None, watch: PeakWatch | None) -> None:
         self._planned, self._plan_first, self._watch = planned, plan_first, watch
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -41,9 +41,10 @@ class TrainingCheck:
         Raises:
             UsageError: a batch larger than the planned one.
             BudgetError: no plan for the first batch fits the budget.
+            ModelError: the first batch cannot be simulated.
         """
         if self._plan_first is not None:
-            self._planned = self._plan_first((args, kwargs))
+            self._planned, self._watch = self._plan_first(args, kwargs)
             self._plan_first = None
         if self._planned is not None:
             self._planned(args, kwargs)
@@ -53,7 +54,7 @@ class TrainingCheck:
 
 def plan_for_first_batch(
     model: nn.Module, request: Request, decisions: Decisions, blocks: InstalledBlocks, compiled: Compiled
-) -> Callable[[object], Check]:
+) -> PlanFirst:
     """Plans for a compiled model what is still open when its first batch comes: the activation policy.
 
     Args:
@@ -64,11 +65,8 @@ def plan_for_first_batch(
         compiled: takes the plan.
     """
 
-    def plan(call: Any) -> Check:
-        args, kwargs = call
-        sample = dict(inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments)
-        sample.pop(next(iter(sample)))  # self
-        sample |= sample.pop("kwargs", {})
+    def plan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Check, PeakWatch | None]:
+        sample = TrainingCall(args, kwargs)
         settled = {"update": decisions.recipe.update}
         if decisions.recipe.projects:
             settled["rank"] = decisions.recipe.rank  # type: ignore[assignment]
@@ -87,6 +85,6 @@ def plan_for_first_batch(
         check_budget(made)
         blocks.set_policy(made.activation_policy)
         compiled.plan = made
-        return PlannedBatch(made.batch)
+        return PlannedBatch(model, made.batch), watch_peak(model, compiled.optimizer, made)
 
     return plan

@@ -9,7 +9,7 @@ from galore_fx.plan_record import Plan
 from galore_fx.runtime.meter import count_memory, tensor_bytes
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.peak_watch import CudaMeter, PeakWatch
-from galore_fx.sample_check import call_arguments
+from galore_fx.sample import call_arguments
 
 # A step that exceeds its plan by more than this share is warned of.
 TOLERANCE = 0.01

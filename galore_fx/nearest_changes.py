@@ -6,19 +6,20 @@ import torch
 from torch import nn
 
 from galore_fx.decisions import Decisions
+from galore_fx.errors import ModelError
 from galore_fx.policy_search import PolicySearch, deciding, largest_peak
 from galore_fx.request import Request
-from galore_fx.sample_check import batch_size, shortened
+from galore_fx.sample import batch_size, shortened
 from galore_fx.simulation import StepSimulator
 from galore_fx.units import format_bytes
 
-_MAX_NUM_TRIALS = 3
+_MAX_NUM_TRIALS = 4
 
 
 def nearest_changes(
     model: nn.Module, request: Request, sample: object, smallest: Decisions, device: str
 ) -> tuple[str, ...]:
-    """Changes of the batch or of the model with which the smallest plan would fit, in words; each is simulated."""
+    """Changes with which the smallest plan would fit, in words; those of the batch are simulated."""
     budget, plan = smallest.plan.budget_bytes, smallest.plan
     assert budget is not None and plan.prediction is not None
     kept, allowed = plan.prediction.phases["load"], largest_peak(budget, device, request.reserve)
@@ -32,7 +33,7 @@ def nearest_changes(
     for dim, name in enumerate(("batch", "sequence length")):
         size = batch_size(sample, dim)
         for trial in range(_MAX_NUM_TRIALS):
-            smaller = int(size * share * 0.8**trial)
+            smaller = int(size * share * 0.6**trial)
             if smaller < 1:
                 break
             simulator = StepSimulator(
@@ -42,7 +43,11 @@ def nearest_changes(
                 micro_batches=request.micro_batches,
                 device=device,
             )
-            if PolicySearch(simulator.train(deciding(asked)), plan, device, request.reserve, ()).best().within_budget:
+            try:
+                found = PolicySearch(simulator.train(deciding(asked)), plan, device, request.reserve, ()).best()
+            except ModelError:
+                break  # the model does not take it that way
+            if found.within_budget:
                 words.append(f"{name} {smaller} instead of {size}")
                 break
     return tuple(words)

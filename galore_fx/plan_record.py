@@ -51,7 +51,7 @@ class Prediction:
         phases: highest number in each phase: load, forward, backward, update, the same of a refreshing step, refresh,
             eval, save.
         categories: bytes at the peak by category.
-        timeline: (phase, bytes by category) after each allocation and release of a steady step.
+        timeline: (phase, bytes by category) through a steady step: the highest moment of each scene, block by block.
         uncaptured: blocks that run uncompiled.
         seconds: time of each phase of a steady step by a roofline: for comparing plans, no promise.
         kept: bytes by category that live through the whole step.
@@ -143,7 +143,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted time of a steady step, for comparing plans; 0 without a prediction."""
+        """Predicted time of a steady step of at most two micro-batches, for comparing plans; 0 without a prediction."""
         return 0.0 if self.prediction is None else sum(self.prediction.seconds.values())
 
     @property

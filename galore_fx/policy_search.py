@@ -10,7 +10,7 @@ from galore_fx.passes.memory_plan.activation_policy import Choice, fastest_withi
 from galore_fx.passes.memory_plan.step_model import StepModel
 from galore_fx.plan_record import Plan
 from galore_fx.request import Request
-from galore_fx.simulation import Decide, FakeTraining
+from galore_fx.simulation import Decide, Training
 from galore_fx.units import parse_bytes
 
 ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
@@ -23,7 +23,7 @@ class PolicySearch:
     """The activation policy of one candidate."""
 
     def __init__(
-        self, training: FakeTraining, plan: Plan, device: str, reserve: str | int | None, words: tuple[str, ...]
+        self, training: Training, plan: Plan, device: str, reserve: str | int | None, words: tuple[str, ...]
     ) -> None:
         self._training, self._plan, self._device, self._words = training, plan, device, words
         self._reserve = reserve
@@ -35,7 +35,7 @@ class PolicySearch:
 
     def best(self) -> Plan:
         """The fastest policy that fits, else the one of the lowest peak."""
-        if self._plan.fits is False:  # what is kept exceeds the budget: only how far is left to say
+        if sum(self._plan.kept.values()) > (self._plan.budget_bytes or 0):  # only how far is left to say
             return self._predicted(self._training.model(ACTIVATION_BUDGETS[-1:]), (0,) * len(self._plan.regions))
         kept = self.as_given()
         if kept.within_budget:

@@ -16,8 +16,9 @@ code that Inductor generates.
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from galore_fx.errors import ModelError
 from galore_fx.fake_model import fake_batch, fake_copy, fake_mode
 from galore_fx.installation import InstalledBlocks, install
 from galore_fx.optimizer_build import build_optimizer
-from galore_fx.passes.memory_plan.block_calls import BlockCalls
+from galore_fx.passes.memory_plan.block_calls import BlockCalls, Call
 from galore_fx.passes.memory_plan.fake_inductor import lowering_only
 from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
 from galore_fx.passes.memory_plan.repeated_blocks import deepcopy_short, short_lists, stand_ins
@@ -41,8 +42,9 @@ from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
 from galore_fx.plan_record import Prediction
+from galore_fx.runtime.compatibility import tree_leaves
 from galore_fx.runtime.dispatch import TrainingForward
-from galore_fx.sample_check import describe_sample
+from galore_fx.sample import describe_sample
 
 # The caching allocator rounds every block up to this (c10/cuda/CUDACachingAllocator, kMinBlockSize).
 CUDA_GRANULARITY = 512
@@ -72,17 +74,22 @@ class StepSimulator:
         self._rates = this_cpu() if device == "cpu" else RTX_4090
         self.granularity = 1 if device == "cpu" else CUDA_GRANULARITY
         self._counter: StorageCounter | None = None
+        self.is_additive = True  # until a short model has been seen not to stand for the whole
 
-    def train(self, make_decisions: Decide, *, short: bool = True) -> "FakeTraining":
-        """A training whose steps can be played.
+    def train(self, make_decisions: Decide, *, short: bool = True) -> "Training":
+        """A training whose steps are known.
 
         Args:
             make_decisions: what ``compile`` would decide about a copy of the model.
-            short: play three blocks of each row of equal ones, and let the second stand for the rest.
+            short: play three blocks of each row of equal ones, where they can stand for the rest.
 
         Raises:
             ModelError: the model does not run on fake tensors.
         """
+        return Training(self, make_decisions, short)
+
+    def play(self, make_decisions: Decide, *, short: bool) -> "FakeTraining":
+        """The model, or a short one for it, on fake tensors. Arguments are those of ``train``."""
         regions = find_regions(self._model)
         members = stand_ins(self._model, regions) if short else tuple((i,) for i in range(len(regions)))
         cut = short_lists(self._model, regions, members)
@@ -91,10 +98,11 @@ class StepSimulator:
         for group in decisions.optimizer.param_groups:
             decisions.updates.prepare(group)
         counter = StorageCounter(self._scratch, self._rates.seconds, self.granularity)
+        blocks = PlayedBlocks([region.name for region in regions], members)
         num_elements = sum(p.numel() for p in self._model.parameters())
         compiler = RegionCompiler(self._regions, all_forms=True)
         with self.playing(counter):
-            return FakeTraining(self, fake, decisions, counter, compiler, members, num_elements)
+            return FakeTraining(self, fake, decisions, counter, compiler, blocks, num_elements)
 
     @contextlib.contextmanager
     def playing(self, counter: StorageCounter) -> Iterator[None]:
@@ -104,6 +112,8 @@ class StepSimulator:
             with self._mode, lowering_only(self._note_kernel), as_if_real(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
+        except NotAdditive:
+            raise
         except Exception as error:
             raise ModelError(
                 f"a training step of {type(self._model).__name__} could not be played on fake tensors with the sample "
@@ -121,8 +131,57 @@ class StepSimulator:
             self._counter.spend(self._rates.transfer(arguments))
 
 
+@dataclasses.dataclass(frozen=True)
+class PlayedBlocks:
+    """Which blocks are played.
+
+    Attributes:
+        names: of all blocks.
+        members: for each that is played those that it stands for.
+    """
+
+    names: list[str]
+    members: Sequence[Sequence[int]]
+
+
+class NotAdditive(Exception):
+    """A short model does not stand for the whole one."""
+
+
+class Training:
+    """A training whose steps are known: from a short model where that can stand for the whole, else from all blocks."""
+
+    def __init__(self, simulator: StepSimulator, make_decisions: Decide, short: bool) -> None:
+        self._simulator, self._make_decisions = simulator, make_decisions
+        self._is_short = short and simulator.is_additive
+        self._played = simulator.play(make_decisions, short=self._is_short)
+
+    def model(self, shares: Sequence[float]) -> StepModel:
+        """Steps of the whole model, in which each block keeps one of these shares of its activations.
+
+        Raises:
+            ModelError: the model does not run on fake tensors, or does not accept the sample.
+        """
+        if self._is_short:
+            try:
+                return self._played.model(shares)
+            except (NotAdditive, ModelError):  # a model that looks its layers up by place may not even run
+                self._is_short = self._simulator.is_additive = False
+                self._played = self._simulator.play(self._make_decisions, short=False)
+        return self._played.model(shares)
+
+    def play_whole(self, policy: Sequence[float]) -> Prediction:
+        """Steps in which each block that is played keeps its own share, as they are: what ``model`` must equal."""
+        return self._played.play_whole(policy)
+
+    @property
+    def uncaptured(self) -> tuple[str, ...]:
+        """Blocks that run uncompiled."""
+        return self._played.uncaptured
+
+
 class FakeTraining:
-    """A model on fake tensors with its optimizer, whose steps are played. Made by ``StepSimulator.train``."""
+    """A model on fake tensors with its optimizer, whose steps are played."""
 
     def __init__(
         self,
@@ -131,19 +190,19 @@ class FakeTraining:
         decisions: Decisions,
         counter: StorageCounter,
         compiler: RegionCompiler,
-        members: Sequence[Sequence[int]],
+        played_blocks: PlayedBlocks,
         num_elements: int,
     ) -> None:
         endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9)  # refreshes come when they are asked for
         self._simulator, self._fake, self._counter = simulator, fake, counter
-        self._members = members
+        self._members, self._names = played_blocks.members, played_blocks.names
         self._update_scale = num_elements / sum(p.numel() for p in fake.parameters())
         self._args, self._kwargs = simulator.batch()
         self._optimizer = build_optimizer(
             fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer
         ).optimizer
         self._optimizer.observe = _observer(counter)
-        self._calls = BlockCalls(counter)
+        self._calls = BlockCalls(counter, lambda: compiler.last_run)
         head = None if simulator.keep_logits else _CountedHead(counter)
         self._modules = [region.module for region in decisions.regions]
         policy = decisions.plan.activation_policy
@@ -155,10 +214,10 @@ class FakeTraining:
             counter.learn_sums()
 
     def model(self, shares: Sequence[float]) -> StepModel:
-        """Steps of the whole model, in which each block keeps one of these shares of its activations.
+        """As ``Training.model``.
 
         Raises:
-            ModelError: the model does not run on fake tensors, or does not accept the sample.
+            NotAdditive: what is played does not stand for all.
         """
         for share in shares:
             if share not in self._played:
@@ -174,7 +233,9 @@ class FakeTraining:
     @property
     def uncaptured(self) -> tuple[str, ...]:
         """Blocks that run uncompiled."""
-        return tuple(self._blocks.failures)
+        failed = {forward.name for forward in self._blocks.forwards if forward.function.failure}
+        pairs = zip(self._blocks.forwards, self._members, strict=True)
+        return tuple(self._names[block] for forward, members in pairs if forward.name in failed for block in members)
 
     def _play(self, policy: Sequence[float]) -> list[PlayedStep]:
         """A steady and a refreshing step, all forms of the graphs being known by then, and an evaluation."""
@@ -220,10 +281,38 @@ class FakeTraining:
 
     def _sorted(self, name: str, start: int) -> PlayedStep:
         counter, calls = self._counter, self._calls.take()
+        if name != "eval":
+            self._check_additive(calls)
         moments = counter.moments(start, counter.now)
-        saved = [counter.alive_at(c.forward[1], c.forward) if c.backward else {} for c in calls]
+        # Saved is what the turn from forward to backward finds: a hidden state that only the next block read is gone.
+        turns: dict[int, int] = {}
+        for call in calls:
+            if call.backward is not None:
+                turns[call.settled] = min(call.backward[0], turns.get(call.settled, call.backward[0]))
+        saved = [counter.alive_at(turns[c.settled], c.forward) if c.backward else {} for c in calls]
         left = [counter.alive_at(c.settled, c.backward or c.forward) for c in calls]
         return played_step(name, calls, moments, saved, left, counter.costs)
+
+    def _check_additive(self, calls: Sequence[Call]) -> None:
+        """Raises where more grows with the number of blocks than what the played ones take, as far as can be seen.
+
+        Of a row that is cut short, every call must have a backward that was noticed, nothing made between two of its
+        blocks may wait for the backward, and the block that stands for others and the one behind it are one graph.
+        """
+        cut = {block for block, members in enumerate(self._members) if len(members) > 1}
+        graphs: dict[int, set[object]] = {}
+        for call in calls:
+            graphs.setdefault(call.block, set()).add(call.graph)
+            if call.block in cut and call.backward is None:
+                raise NotAdditive(f"no backward of block {call.block} was seen")
+        for first, second in itertools.pairwise(calls):
+            if {first.block, second.block} & cut and first.number == second.number:
+                gap = first.forward[1], second.forward[0]
+                between = self._counter.alive_at(second.backward[0], gap) if second.backward else {}
+                if sum(between.values()):
+                    raise NotAdditive(f"{between} are made between blocks and kept")
+        if any(graphs.get(block) != graphs.get(block + 1) for block in cut):
+            raise NotAdditive("blocks of a row have different graphs")
 
     def _persistent(self) -> dict[str, int]:
         """What lives through the whole step, each storage once; of a block as often as it stands for others."""
@@ -264,11 +353,15 @@ def _watch(fake: nn.Module, blocks: InstalledBlocks, calls: BlockCalls) -> None:
 
 
 def _loss_of(out: Any) -> Tensor:
-    """What a training loop would call backward on: ``.loss``, or the output itself made a number."""
-    loss = getattr(out, "loss", None)
-    if loss is None:
-        loss = next(value for value in (out if isinstance(out, tuple | list) else [out]) if isinstance(value, Tensor))
-    return loss if loss.ndim == 0 else loss.float().mean()
+    """What a training loop would call backward on: the output's ``loss``, else a number, else the first tensor."""
+    named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    trained = [value for value in tree_leaves(out) if isinstance(value, Tensor) and value.requires_grad]
+    found = named if isinstance(named, Tensor) else next((value for value in trained if value.ndim == 0), None)
+    if found is None:
+        if not trained:
+            raise ModelError("its output holds no tensor that a backward could start from")
+        found = trained[0]
+    return found if found.ndim == 0 else found.float().mean()
 
 
 def _observer(counter: StorageCounter) -> Callable[[str, Tensor | None], Any]:

@@ -20,6 +20,7 @@ class Call:
         forward: its first event, and the first after it.
         backward: the same of its backward; None where it has none.
         settled: the first event after the forward and backward of the whole model.
+        graph: what its forward ran as.
     """
 
     block: int
@@ -27,6 +28,7 @@ class Call:
     forward: tuple[int, int]
     backward: tuple[int, int] | None = None
     settled: int = 0
+    graph: object = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +53,12 @@ class BlockCalls:
 
     Args:
         counter: the counter whose events are the clock.
+        graph: tells as what the last forward ran.
     """
 
-    def __init__(self, counter: StorageCounter) -> None:
+    def __init__(self, counter: StorageCounter, graph: Callable[[], object]) -> None:
         self._counter = counter
+        self._graph = graph
         self._calls: list[Call] = []
         self._running: tuple[Call, int] | None = None
 
@@ -67,7 +71,7 @@ class BlockCalls:
             start = self._counter.now
             out = forward(*args, **kwargs)
             number = sum(call.block == block for call in self._calls)
-            call = Call(block, number, (start, self._counter.now))
+            call = Call(block, number, (start, self._counter.now), graph=self._graph())
             self._calls.append(call)
 
             def begin(_grad: Tensor) -> None:

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from galore_fx.passes.model_graph.find_regions import Region
@@ -37,7 +38,7 @@ def stand_ins(model: nn.Module, regions: Sequence[Region]) -> tuple[tuple[int, .
     members: list[tuple[int, ...]] = []
     for _, row in itertools.groupby(range(len(regions)), key=lambda index: kinds[index]):
         blocks = tuple(row)
-        if len(blocks) <= _PLAYED or not isinstance(_module(model, _owner(regions[blocks[0]].name)), nn.ModuleList):
+        if len(blocks) <= _PLAYED or type(_module(model, _owner(regions[blocks[0]].name))) is not nn.ModuleList:
             members += [(block,) for block in blocks]
         else:
             members += [blocks[:1], blocks[1:-1], blocks[-1:]]
@@ -81,16 +82,25 @@ def _module(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(name)
 
 
+def _description(value: object) -> object:
+    """Equal for equal values; an object of another kind is equal to itself only, as a shared configuration is."""
+    plain = isinstance(value, int | float | str | bool | tuple | list | dict | torch.dtype | torch.Size | None)
+    return repr(value) if plain else id(value)
+
+
 def _kind(module: nn.Module) -> tuple[object, ...]:
-    """What a block is, but for its place: two blocks of one kind compute the same from the same."""
+    """What a block is, but for its place. Blocks of two kinds may compute the same; of one kind they do, unless their
+    forward asks for their place; the simulation sees that they then have different graphs.
+    """
     described: list[object] = []
     for name, child in module.named_modules():
         settings = tuple(
-            (key, value)
+            (key, _description(value))
             for key, value in sorted(vars(child).items())
-            if key not in _POSITION and isinstance(value, int | float | str | bool | None)
+            if key not in _POSITION and not key.startswith("_")
         )
-        described.append((name, type(child), settings))
+        hooks = len(child._forward_hooks) + len(child._forward_pre_hooks)
+        described.append((name, type(child), settings, hooks))
         tensors = [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]
         described += [(key, t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for key, t in tensors]
     return tuple(described)

@@ -28,7 +28,7 @@ class PlayedCall:
         block: index of the played block.
         number: how many calls of this block came before it in the step.
         saves: whether it waits for a backward.
-        saved: bytes by category that its forward leaves for the backward.
+        saved: bytes by category that its forward makes and that are alive when the first backward of a block begins.
         left: bytes by category that stay when all blocks are over.
         seconds: its time by phase.
     """

@@ -38,6 +38,9 @@ def forget_regions() -> None:
 class RegionCompiler:
     """The Dynamo backend of one model's regions, and what the model has used of it so far.
 
+    Attributes:
+        last_run: the region that ran last.
+
     Args:
         regions: where captured regions are kept; those of the process by default.
         finish: makes a callable of a graph after all passes, its inputs and the activation budget; AOTAutograd and
@@ -52,6 +55,7 @@ class RegionCompiler:
         self._regions = _REGIONS if regions is None else regions
         self._finish = finish
         self._all_forms = all_forms
+        self.last_run: CapturedRegion | None = None
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
         self._weights: dict[CapturedRegion, set[str]] = {}
 
@@ -111,6 +115,7 @@ class RegionCompiler:
         region.finish_capture()
 
         def call(*inputs: object) -> Any:
+            self.last_run = region
             records = region.records(inputs)
             used.add(region.key(records))
             weights.update(record.name for record in records if record)
