@@ -40,8 +40,9 @@ def plan(
     """What ``compile`` would do to the model, from shapes alone; changes nothing.
 
     Takes what ``compile`` takes, and raises what it raises, with one exception: a budget that cannot hold the training
-    is said by ``Plan.within_budget`` (and ``Plan.fits``, where the prediction is no estimate). With a sample a whole step is simulated and its peak is in the plan; a budget then chooses
-    what is left open: the share of activations that is kept, the update mode, the rank of recipe "auto".
+    is said by ``Plan.within_budget`` (and ``Plan.fits``, where the prediction is no estimate). With a sample a whole
+    step is simulated and its peak is in the plan; a budget then chooses what is left open: the share of activations
+    that each block keeps, the update mode, and for recipe "auto" full rank or a lower one.
 
     Args:
         device: "cpu" or "cuda", where it is to be trained; the model's by default, "cuda" for one on the meta device.
