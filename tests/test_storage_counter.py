@@ -89,3 +89,10 @@ def test_scratch_of_products_and_of_mixed_dtypes():
     with fake_mode():
         fakes = torch.empty(64, 64), torch.empty(64, 64, dtype=torch.bfloat16)
     assert kernel_scratch_bytes(torch.ops.aten.add_.Tensor, fakes, {}) == mixed
+
+
+def test_a_factorisation_copies_its_operand():
+    small, large = torch.empty(64, 48), torch.empty((8192, 4096), device="meta")
+    svd = torch.ops.aten._linalg_svd.default
+    assert kernel_scratch_bytes(svd, (small,), {}) >= small.nbytes
+    assert kernel_scratch_bytes(svd, (large,), {}) == large.nbytes, "not tried"

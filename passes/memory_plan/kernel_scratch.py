@@ -26,7 +26,12 @@ _OPERATIONS = (
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
     "aten::convolution",
     "aten::convolution_backward",
+    "aten::linalg_solve_triangular",
+    "aten::linalg_cholesky_ex",
 )
+# These take minutes on large operands. Besides little else they copy their operand, which is then what counts.
+LARGEST_FACTORISED_BYTES = 2**26
+_FACTORISATIONS = ("aten::_linalg_svd", "aten::linalg_qr", "aten::_linalg_eigh")
 _MEASURED: dict[object, int] = {}
 
 
@@ -40,8 +45,11 @@ def kernel_scratch_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     Returns:
         0 for an operation that is neither a library kernel nor mixes dtypes, or is too large to be tried.
     """
-    if func.name().partition(".")[0] not in _OPERATIONS and not _mixes_dtypes(func, args):
+    name = func.name().partition(".")[0]
+    if name not in (*_OPERATIONS, *_FACTORISATIONS) and not _mixes_dtypes(func, args):
         return 0
+    if name in _FACTORISATIONS and args[0].nbytes > LARGEST_FACTORISED_BYTES:
+        return int(args[0].nbytes)
     described: list[object] = []
 
     def describe(value: Any) -> Any:

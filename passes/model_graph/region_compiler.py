@@ -50,10 +50,10 @@ class RegionCompiler:
     """
 
     def __init__(
-        self, regions: Regions | None = None, finish: FinishGraph = compile_graph, *, all_forms: bool = False
+        self, regions: Regions | None = None, finish: FinishGraph | None = None, *, all_forms: bool = False
     ) -> None:
         self._regions = _REGIONS if regions is None else regions
-        self._finish = finish
+        self._finish = finish or compile_graph
         self._all_forms = all_forms
         self.last_run: CapturedRegion | None = None
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
