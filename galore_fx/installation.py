@@ -19,9 +19,9 @@ from galore_fx.runtime.dispatch import (
 
 # Forms of one region's graph before it counts as a defect: shapes, masks and modes of a batch, not layers.
 _RECOMPILE_LIMIT = 64
-# After the break at the opaque part Dynamo compiles the code of the model's class, which all its models share: one
-# entry for each of them, and for each step that the planner simulates.
-_HEAD_RECOMPILE_LIMIT = 10**6
+# After the break at the opaque part Dynamo compiles what the model's forward wraps too. A planner's simulated steps are
+# entries of their own.
+_HEAD_RECOMPILE_LIMIT = 256
 
 
 def install(

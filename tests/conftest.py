@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch._dynamo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -16,9 +15,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_dynamo() -> None:
-    """Dynamo keeps its entries by the code of a model's class, and gives up on code that has many: so do many tests."""
-    torch._dynamo.reset()

@@ -1,6 +1,7 @@
 """The torch.compile backend: the same losses and updates as the regional form, and no silent training of nothing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -115,3 +116,19 @@ def test_a_compiled_function_gives_its_options_to_the_optimizer_too():
 def test_wrong_uses_say_what_to_do(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_heads_compiled_before_take_no_entries_from_the_class_of_the_model(monkeypatch):
+    """Dynamo gives up on code with more than its limit; what ran then was the plain forward, with full gradients."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    heads = [galore_fx.compile(llama(1), optimizer=adamw(), rank=4) for _ in range(2)]
+    for head in heads:
+        backward(head, batches(1)[0])
+    plain = llama(1)
+    model = torch.compile(plain, backend="galore_fx", options={"rank": 4})
+    galore_fx.optimizer(model, adamw())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(model, batches(1)[0])
+    projected = plain.galore_fx.stats()["projected"]
+    assert len(projected) == 7 and all(plain.get_parameter(name).grad is None for name in projected)
