@@ -2,10 +2,12 @@
 
 Settings stand in levels of falling quality: full rank, then lower and lower rank. Within a level results are equal: the
 update may wait for ``step()`` or happen in the backward, and the activation policy is chosen by an exact solver, the
-fastest for which every moment of the step fits. The fastest plan of the first level with one that fits is taken.
+fastest for which every moment of the step fits. The fastest plan of the first level with one that fits is taken. Where
+a level has none, its refreshes are spread over more updates, before the rank is lowered.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 from torch import nn
@@ -14,7 +16,8 @@ from tqdm import tqdm
 from galore_fx.decisions import Decisions, decide
 from galore_fx.nearest_changes import nearest_changes
 from galore_fx.planned_batch import sample_shapes
-from galore_fx.policy_search import PolicySearch, deciding
+from galore_fx.policy_search import ACTIVATION_BUDGETS, PolicySearch, deciding
+from galore_fx.recipe import Recipe
 from galore_fx.request import Request
 from galore_fx.simulation import StepSimulator
 
@@ -75,35 +78,51 @@ def _first_that_fits(
     model: nn.Module, request: Request, wanted: Decisions, simulator: StepSimulator, device: str
 ) -> Decisions:
     """The fastest plan that fits of the first level with one; the smallest of all where none fits."""
-    smallest: Decisions | None = None
+    too_large: list[Decisions] = []
     rejected: list[tuple[str, int]] = []
     levels = _levels(wanted, request)
     with tqdm(levels, desc="planning", unit="level", disable=None, leave=False, delay=2) as progress:
         for level in progress:
             fitting: list[Decisions] = []
+            searched: list[tuple[Decisions, PolicySearch]] = []
             for candidate in level:
                 chosen = decide(model, candidate.request)
                 is_last = candidate is levels[-1][-1]
-                if chosen.plan.fits is False and (fitting or not is_last or smallest is not None):
+                if chosen.plan.fits is False and (fitting or not is_last or too_large):
                     rejected.append((candidate.title, sum(chosen.plan.kept.values())))
                     continue  # what is kept exceeds the budget before any activation
-                share_is_open = "activation_budget" not in request.overrides and isinstance(request.recipe, str)
                 training = simulator.train(deciding(candidate.request))
                 search = PolicySearch(training, chosen.plan, device, request.reserve, candidate.words)
-                found = dataclasses.replace(chosen, plan=search.best() if share_is_open else search.as_given())
-                if not found.plan.within_budget:
-                    rejected.append((candidate.title, found.plan.peak_bytes))
-                    if smallest is None or found.plan.peak_bytes < smallest.plan.peak_bytes:
-                        smallest = found
+                plan = search.best() if _is_open(request, "activation_budget") else search.as_given()
+                found = dataclasses.replace(chosen, plan=plan)
+                if not plan.within_budget:
+                    rejected.append((candidate.title, plan.peak_bytes))
+                    too_large.append(found)
+                    searched.append((chosen, search))
                     continue
                 fitting.append(found)
-                if found.plan.activation_policy == chosen.plan.activation_policy:
+                if plan.activation_policy == chosen.plan.activation_policy:
                     break  # nothing is recomputed; none that follows is faster
+            if not fitting and _is_open(request, "refresh_limit"):
+                for limited in itertools.chain.from_iterable(_refreshing_in_turns(*each, request) for each in searched):
+                    (fitting if limited.plan.within_budget else too_large).append(limited)
             if fitting:
                 fastest = min(fitting, key=lambda each: each.plan.seconds)  # the first of equals: it gives up less
                 return dataclasses.replace(fastest, plan=dataclasses.replace(fastest.plan, rejected=tuple(rejected)))
-    assert smallest is not None, "the last candidate is simulated if no other was"
-    return smallest
+    return min(too_large, key=lambda each: each.plan.peak_bytes)  # the last is searched if no other was
+
+
+def _is_open(request: Request, part: str) -> bool:
+    """Whether the planner may choose it; a recipe of the user's own says all of its parts."""
+    return isinstance(request.recipe, str) and part not in request.overrides
+
+
+def _refreshing_in_turns(chosen: Decisions, search: PolicySearch, request: Request) -> list[Decisions]:
+    if not chosen.recipe.projects:
+        return []
+    shares = ACTIVATION_BUDGETS if _is_open(request, "activation_budget") else chosen.plan.activation_policy[:1]
+    plan = search.best_of_limited(shares)
+    return [] if plan is None else [dataclasses.replace(chosen, plan=plan, recipe=Recipe(**plan.recipe))]
 
 
 def _levels(wanted: Decisions, request: Request) -> list[list[Candidate]]:

@@ -63,6 +63,13 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         None if budget is None else available_bytes(model, request.device) if budget == "auto" else parse_bytes(budget)
     )
     regions = find_regions(model)
+    limit, gap = resolved.refresh_limit, resolved.refresh_gap
+    if limit is not None and limit * gap < len(regions):
+        raise SettingError(
+            f"refresh_limit={limit} with refresh_gap={gap} renews {limit * gap} blocks in a gap, and the model has "
+            f"{len(regions)}: use refresh_limit={-(-len(regions) // gap)} or more, or refresh_gap="
+            f"{-(-len(regions) // limit)} or more"
+        )
     instance = resolve_optimizer(request.optimizer, model)
     updates = UpdateCompiler(type(instance), instance.defaults, variants)
     for group in instance.param_groups:

@@ -17,7 +17,7 @@ ESTIMATE_TOLERANCE = 0.1
 
 
 def counted_peak(model: nn.Module, sample: object) -> int:
-    """Bytes of a whole step at its highest, the higher of a steady and a refreshing one; the model trains six steps.
+    """Bytes of a whole step at its highest, of a steady one and those that renew all bases; the model trains them.
 
     Args:
         model: compiled by ``galore_fx.compile``.
@@ -40,14 +40,17 @@ def counted_peak(model: nn.Module, sample: object) -> int:
         optimizer.step()
 
     device = next(model.parameters()).device
-    for _ in range(3):
+    num_blocks, limit = len(compiled.plan.regions), compiled.plan.recipe["refresh_limit"]
+    num_turns = 1 if limit is None else -(-num_blocks // limit)
+    for _ in range(2 * num_turns + 1):  # the first refreshes, and then all has been compiled
         step()
     steady = count_memory(step, device).transient_peak_bytes
     optimizer.request_refresh()
-    step()  # compiles the refreshing form where it has not been met
+    for _ in range(num_turns):
+        step()  # compiles the refreshing form where it has not been met
     optimizer.request_refresh()
-    refreshing = count_memory(step, device).transient_peak_bytes
-    return persistent_bytes(model, [*args, *kwargs.values()]) + max(steady, refreshing)
+    refreshing = [count_memory(step, device).transient_peak_bytes for _ in range(num_turns)]
+    return persistent_bytes(model, [*args, *kwargs.values()]) + max(steady, *refreshing)
 
 
 def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:

@@ -79,6 +79,7 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         records=records,
         layers=layers,
         schedule=schedule,
+        refresh_limit=recipe.refresh_limit,
         exact=exact,
         scale=recipe.scale,
         in_backward=recipe.update == "in-backward",

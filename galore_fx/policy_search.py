@@ -1,6 +1,7 @@
 """The activation policy of one setting of everything else, from steps of it that are simulated."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
@@ -46,22 +47,52 @@ class PolicySearch:
         choice = fastest_within(problem, largest_peak(self._plan.budget_bytes, self._device, self._reserve))
         return self._predicted(model, least_peak(problem) if choice is None else choice)
 
-    def _predicted(self, model: StepModel, choice: Choice) -> Plan:
+    def best_of_limited(self, shares: Sequence[float]) -> Plan | None:
+        """With fewer refreshes at once, as many as fit, the fastest policy that fits, else that of the lowest peak.
+
+        Args:
+            shares: of its activations that a block may keep.
+
+        Returns:
+            None where there are no fewer: each basis must have its turn within the gap.
+        """
+        assert self._plan.budget_bytes is not None
+        limits = _refresh_limits(len(self._plan.regions), self._plan.recipe["refresh_gap"])
+        for limit in limits:
+            model = self._training.model(shares, limit)
+            problem = model.problem()
+            choice = fastest_within(problem, largest_peak(self._plan.budget_bytes, self._device, self._reserve))
+            if choice is not None or limit == limits[-1]:
+                return self._predicted(model, least_peak(problem) if choice is None else choice, limit)
+        return None
+
+    def _predicted(self, model: StepModel, choice: Choice, refresh_limit: int | None = None) -> Plan:
         prediction = model.prediction(choice, self._training.uncaptured)
         policy = tuple(model.shares[option] for option in choice)
-        words = self._words
+        words, recipe = self._words, self._plan.recipe
+        if refresh_limit is not None:
+            recipe = {**recipe, "refresh_limit": refresh_limit}
+            words = (*words, f"at most {refresh_limit} blocks renew their bases in the same update")
         if policy != self._plan.activation_policy:
             counts = {share: policy.count(share) for share in sorted(set(policy), reverse=True)}
             told = ", ".join(f"{number} blocks keep {share:g}" for share, number in counts.items())
             words = (*words, f"activations are recomputed: of what they save, {told}")
         return dataclasses.replace(
             self._plan,
+            recipe=recipe,
             activation_policy=policy,
             chosen=words,
             prediction=prediction,
             estimated=self._device != "cpu",
             reserve_bytes=_reserve_bytes(prediction.peak_bytes, self._device, self._reserve),
         )
+
+
+def _refresh_limits(num_blocks: int, gap: int) -> list[int]:
+    """Halves of the number of blocks, down to as few as still renew each basis once in a gap."""
+    least = -(-num_blocks // gap)
+    halves = [num_blocks // 2**power for power in range(1, num_blocks.bit_length())]
+    return [limit for limit in halves if limit > least] + ([least] if least < num_blocks else [])
 
 
 def _reserve_bytes(peak_bytes: int, device: str, reserve: str | int | None) -> int:

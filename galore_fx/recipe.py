@@ -7,6 +7,7 @@ basis         svd | subspace-iteration
 refresh       fixed
 refresh_gap   updates between two refreshes of the same basis
 stagger       spread the refreshes of the layers over the gap
+refresh_limit blocks whose bases may be renewed in the same update; None: all that are due
 scale         GaLore's alpha: a fractional learning rate of what is projected
 update        deferred | in-backward
 activation_budget  share of a block's activations that is kept, the rest is recomputed: 1.0 keeps all, 0.0 none
@@ -39,6 +40,9 @@ class Recipe:
         refresh: when a basis is renewed.
         refresh_gap: updates between two refreshes of one basis (GaLore's T).
         stagger: refresh the layers one after the other over the gap, instead of all in the same step.
+        refresh_limit: blocks whose bases may be renewed in the same update, None for all that are due; the others wait
+            their turn. What a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
+            alive for so many blocks only.
         scale: factor of the back-projected update (GaLore's alpha).
         update: all parameters in ``optimizer.step()``, or each inside the backward that completes its gradient.
         max_grad_norm: 2-norm that the gradients are clipped to, or None.
@@ -54,6 +58,7 @@ class Recipe:
     refresh: Refresh = "fixed"
     refresh_gap: int = 50
     stagger: bool = True
+    refresh_limit: int | None = None
     scale: float = 0.25
     update: Update = "deferred"
     max_grad_norm: float | None = None
@@ -130,6 +135,9 @@ def _check(recipe: Recipe) -> None:
         raise SettingError(f"refresh_gap={gap!r} must be an int of at least 1")
     if not isinstance(recipe.stagger, bool):
         raise SettingError(f"stagger={recipe.stagger!r} must be True or False")
+    limit = recipe.refresh_limit
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise SettingError(f"refresh_limit={limit!r} must be an int of at least 1, or None for all that are due")
     _check_positive("scale", recipe.scale)
     share = recipe.activation_budget
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:

@@ -156,19 +156,23 @@ class Training:
         self._is_short = short and simulator.is_additive
         self._played = simulator.play(make_decisions, short=self._is_short)
 
-    def model(self, shares: Sequence[float]) -> StepModel:
+    def model(self, shares: Sequence[float], refresh_limit: int | None = None) -> StepModel:
         """Steps of the whole model, in which each block keeps one of these shares of its activations.
+
+        Args:
+            shares: what is open.
+            refresh_limit: in place of the recipe's.
 
         Raises:
             ModelError: the model does not run on fake tensors, or does not accept the sample.
         """
         if self._is_short:
             try:
-                return self._played.model(shares)
+                return self._played.model(shares, refresh_limit)
             except (NotAdditive, ModelError):  # a model that looks its layers up by place may not even run
                 self._is_short = self._simulator.is_additive = False
                 self._played = self._simulator.play(self._make_decisions, short=False)
-        return self._played.model(shares)
+        return self._played.model(shares, refresh_limit)
 
     def play_whole(self, policy: Sequence[float]) -> Prediction:
         """Steps in which each block that is played keeps its own share, as they are: what ``model`` must equal."""
@@ -193,7 +197,9 @@ class FakeTraining:
         played_blocks: PlayedBlocks,
         num_elements: int,
     ) -> None:
-        endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9)  # refreshes come when they are asked for
+        # Refreshes come when they are asked for, and all at once.
+        endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9, refresh_limit=None)
+        self._refresh_limit = decisions.recipe.refresh_limit
         self._simulator, self._fake, self._counter = simulator, fake, counter
         self._members, self._names = played_blocks.members, played_blocks.names
         self._update_scale = num_elements / sum(p.numel() for p in fake.parameters())
@@ -213,7 +219,7 @@ class FakeTraining:
         with counter:
             counter.learn_sums()
 
-    def model(self, shares: Sequence[float]) -> StepModel:
+    def model(self, shares: Sequence[float], refresh_limit: int | None) -> StepModel:
         """As ``Training.model``.
 
         Raises:
@@ -223,11 +229,12 @@ class FakeTraining:
             if share not in self._played:
                 self._played[share] = self._play([share] * len(self._members))
         played = {share: self._played[share] for share in shares}
-        return StepModel(played, self._members, self._persistent(), self._update_scale)
+        limit = self._refresh_limit if refresh_limit is None else refresh_limit
+        return StepModel(played, self._members, self._persistent(), self._update_scale, limit)
 
     def play_whole(self, policy: Sequence[float]) -> Prediction:
         """Steps in which each block that is played keeps its own share, as they are: what ``model`` must equal."""
-        model = StepModel({0.0: self._play(policy)}, self._members, self._persistent(), self._update_scale)
+        model = StepModel({0.0: self._play(policy)}, self._members, self._persistent(), self._update_scale, None)
         return model.prediction((0,) * len(policy), self.uncaptured)
 
     @property

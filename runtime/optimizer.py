@@ -25,7 +25,7 @@ from galore_fx.errors import UsageError
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.optimizer_state import STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
-from galore_fx.runtime.refresh_schedule import FixedSchedule
+from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
 from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
 from galore_fx.runtime.update_protocol import Updates
 
@@ -50,7 +50,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         updates: the lowered step.
         records: the projected parameters.
         layers: for each record, the index of its region; regions take turns in refreshing.
-        schedule: when they refresh.
+        schedule: when they are due.
+        refresh_limit: how many regions may refresh in the same update, None for all that are due.
         exact: exact SVD instead of subspace iteration.
         scale: factor of back-projected updates.
         in_backward: update inside the backward.
@@ -66,6 +67,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         records: list[ProjectedParameter],
         layers: list[int],
         schedule: FixedSchedule,
+        refresh_limit: int | None,
         exact: bool,
         scale: float,
         in_backward: bool,
@@ -81,10 +83,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._updates = updates
         self._records = {id(record.weight): record for record in records}
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
-        self._schedule = schedule
+        self._queue = RefreshQueue(self._layers, schedule, refresh_limit)
         self._exact = exact
         self._scale = scale
-        self._due: set[int] = set()
         self._sketches: dict[int, Tensor] = {}
         self._updated: set[int] = set()
         self.observe: Observer = _unobserved
@@ -170,7 +171,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def request_refresh(self) -> None:
         """Makes all bases due in the window that is open now, before its first forward."""
-        self._due.update(self._layers)
+        self._queue.request(self._layers, self.counters.num_updates)
         self._set_forms()
 
     def state_dict(self) -> dict[str, Any]:
@@ -180,7 +181,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         saved["galore_fx"] = {
             "version": STATE_VERSION,
             **dataclasses.asdict(self.counters),
-            "due": sorted(positions[key] for key in self._due),
+            "due_since": {positions[key]: since for key, since in sorted(self._queue.due_since.items())},
         }
         return saved
 
@@ -193,7 +194,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         parameters = list(self._parameters())
         extra = restore(self.state, self.param_groups, state_dict)
         self.counters = Counters.from_state(extra)
-        self._due = {id(parameters[i]) for i in extra["due"]}
+        self._queue.due_since = {id(parameters[i]): since for i, since in extra["due_since"].items()}
         self.zero_grad()
         self._updated.clear()
         self._set_forms()
@@ -206,15 +207,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # Windows.
 
     def _open_window(self) -> None:
-        for key, layer in self._layers.items():
-            if self._schedule.is_due(layer, self.counters.num_updates):
-                self._due.add(key)
+        self._queue.admit(self.counters.num_updates)
         self._set_forms()
 
     def _set_forms(self) -> None:
         """Fixed for the window, so that a recomputed forward is the same as the first."""
+        turn = self._queue.turn()
         for key, record in self._records.items():
-            record.form = record.refresh_form if key in self._due else GradientForm.PROJECTED
+            record.form = record.refresh_form if key in turn else GradientForm.PROJECTED
 
     def _close_window(self, updated: bool) -> None:
         self.zero_grad()
@@ -267,7 +267,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
         """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
-        if self._exact and id(record.weight) in self._due:
+        if record.form is GradientForm.FULL and id(record.weight) in self._queue.due_since:
             self._renew(record, lambda: exact_basis(grad, record.rank, record.dim))
         if record.form is GradientForm.SKETCHED:
             self._sketches.setdefault(id(record.weight), sketch_of(grad, record.basis, record.dim))
@@ -370,10 +370,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             basis = make()
             if basis is None:
                 self.counters.num_failed_refreshes += 1
+                self._queue.fail(id(record.weight), self.counters.num_updates)
             else:
                 record.basis.copy_(basis)
                 self.counters.num_refreshes += 1
-                self._due.discard(id(record.weight))
+                self._queue.finish(id(record.weight))
         self.refresh_time_s += time.perf_counter() - start
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from galore_fx.errors import OptimizerError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclasses.dataclass

@@ -7,9 +7,12 @@ all, updates 0, 200, 400 refresh.
     layer 0   x . . . . . x           x . . . . . x
     layer 1   x . . . . . x           x . x . . . . . x
     layer 2   x . . . . . x           x . . . x . . . . . x
+
+Where more layers are due than may refresh in one update, the others wait, the one that has waited longest comes first.
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 # A random first basis and one iteration catch less than a second warm iteration does, so subspace iteration
 # refreshes all layers in the first two updates.
@@ -38,3 +41,51 @@ class FixedSchedule:
             return True
         phase = group * self.gap // self.num_groups if self.stagger else 0
         return (num_updates - phase) % self.gap == 0
+
+
+class RefreshQueue:
+    """The weights whose bases are due, and whose turn it is.
+
+    Deterministic, and none waits for ever: a layer that is due has its turn within (number of layers / limit) updates,
+    rounded up.
+
+    Args:
+        layers: the layer of each weight, by a key of the caller's. The weights of a layer refresh together.
+        schedule: when a layer is due.
+        limit: how many layers may refresh in the same update; None: all that are due.
+    """
+
+    def __init__(self, layers: Mapping[int, int], schedule: FixedSchedule, limit: int | None) -> None:
+        self.due_since: dict[int, int] = {}
+        self._layers, self._schedule, self._limit = layers, schedule, limit
+
+    def admit(self, num_updates: int) -> None:
+        """Lets those wait that are due in the update that follows ``num_updates`` done ones."""
+        self.request(
+            (key for key, layer in self._layers.items() if self._schedule.is_due(layer, num_updates)), num_updates
+        )
+
+    def request(self, keys: Iterable[int], num_updates: int) -> None:
+        """Lets these wait, if they do not already."""
+        for key in keys:
+            self.due_since.setdefault(key, num_updates)
+
+    def turn(self) -> set[int]:
+        """The weights that refresh in the next update."""
+        if self._limit is None:
+            return set(self.due_since)
+        waiting: dict[int, int] = {}
+        for key, since in self.due_since.items():
+            layer = self._layers[key]
+            waiting[layer] = min(since, waiting.get(layer, since))
+        first = sorted(waiting, key=lambda layer: (waiting[layer], layer))[: self._limit]
+        return {key for key in self.due_since if self._layers[key] in first}
+
+    def finish(self, key: int) -> None:
+        """It has its new basis."""
+        self.due_since.pop(key, None)
+
+    def fail(self, key: int, num_updates: int) -> None:
+        """It has not got one, and waits again behind the others, which a gradient of NaN would else hold up."""
+        if key in self.due_since:
+            self.due_since[key] = num_updates + 1

@@ -93,6 +93,37 @@ def test_three_blocks_stand_for_five_and_policies_are_sums(update):
     assert slow["recompute"] > 0 and "recompute" not in fast and fast["backward"] == slow["backward"]
 
 
+@pytest.mark.parametrize("settings", [{"basis": "svd"}, {"update": "in-backward"}], ids=["svd", "in-backward"])
+def test_fewer_refreshes_at_once_are_predicted_and_counted_alike(settings):
+    wanted = {"optimizer": adamw(), "rank": 48, "refresh_gap": 20, "stagger": False, **settings}
+    sample = {name: ids[:1, :16] for name, ids in SAMPLE.items()}  # the refresh is the highest moment
+    peaks = []
+    for limit in (None, 2):
+        plan = galore_fx.plan(small(5), sample=sample, refresh_limit=limit, **wanted)
+        model = galore_fx.compile(small(5), refresh_limit=limit, strict=True, **wanted)
+        # A factorisation's workspace may depend on the values.
+        assert counted_peak(model, sample) == pytest.approx(plan.peak_bytes, rel=2e-3)
+        peaks.append(plan.peak_bytes)
+    assert (peaks[1] < 0.97 * peaks[0]) == (settings == {"basis": "svd"}), "in the backward it is one block's anyway"
+
+
+def test_refreshes_are_spread_before_the_rank_is_lowered():
+    sample = {name: ids[:1, :16] for name, ids in SAMPLE.items()}
+    wanted = {
+        "sample": sample,
+        "optimizer": adamw(),
+        "recipe": "galore",
+        "update": "deferred",
+        "activation_budget": 1.0,
+    }
+    peaks = [galore_fx.plan(small(5), refresh_limit=limit, **wanted).peak_bytes for limit in (2, 1)]
+    plan = galore_fx.plan(small(5), budget=peaks[0], **wanted)
+    assert plan.recipe["refresh_limit"] == 2 and plan.within_budget and "at most 2 blocks" in plan.table()
+    assert galore_fx.plan(small(5), budget=peaks[0] - 1, **wanted).recipe["refresh_limit"] == 1
+    with pytest.raises(galore_fx.SettingError, match="refresh_limit=1 with refresh_gap=3 renews 3 blocks"):
+        galore_fx.plan(small(5), refresh_limit=1, refresh_gap=3)
+
+
 def test_what_does_not_fit_is_refused_before_anything_changes():
     model = small(1)
     before = [vars(m).copy() for m in model.modules()]

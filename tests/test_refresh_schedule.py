@@ -1,8 +1,10 @@
 """When bases are renewed."""
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
-from galore_fx.runtime.refresh_schedule import FixedSchedule
+from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
 
 
 def _due(schedule, updates):
@@ -29,3 +31,35 @@ def test_every_group_refreshes_once_per_gap(gap, groups):
         times = [t for t in range(3 * gap) if schedule.is_due(group, t)]
         assert len(times) == 3
         assert {b - a for a, b in zip(times, times[1:], strict=False)} == {gap}
+
+
+@given(
+    num_layers=st.integers(1, 9),
+    limit=st.integers(1, 4),
+    gap=st.integers(1, 12),
+    stagger=st.booleans(),
+    failing=st.sets(st.integers(0, 8)),
+)
+def test_a_queue_keeps_its_limit_starves_none_and_repeats_itself(num_layers, limit, gap, stagger, failing):
+    layers = {key: key // 2 for key in range(2 * num_layers)}  # two weights in each
+    schedule = FixedSchedule(gap, num_layers, stagger, 1)
+
+    def run():
+        queue, turns = RefreshQueue(layers, schedule, limit), []
+        for update in range(40):
+            queue.admit(update)
+            turns.append(queue.turn())
+            for key in turns[-1]:
+                queue.fail(key, update) if layers[key] in failing else queue.finish(key)
+        return turns
+
+    turns = run()
+    assert turns == run()
+    served = [{layers[key] for key in turn} for turn in turns]
+    assert max(map(len, served)) <= limit
+    longest = max(gap, -(-num_layers // limit))
+    for layer in range(num_layers):
+        times = [update for update, turn in enumerate(served) if layer in turn]
+        assert times and times[0] < -(-num_layers // limit)
+        assert all(b - a <= 2 * longest for a, b in zip(times, times[1:], strict=False))
+        assert all({2 * layer, 2 * layer + 1} <= turns[update] for update in times), "a layer refreshes as a whole"

@@ -10,7 +10,7 @@ blocks played as a whole (tests/test_planner.py).
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from galore_fx.passes.memory_plan.activation_policy import MomentBytes, PolicyProblem
 from galore_fx.passes.memory_plan.block_calls import Call, Scene, scene_at
@@ -140,6 +140,7 @@ class StepModel:
         members: for each block of the short model the blocks that it stands for.
         persistent: bytes by category that live through the whole step.
         update_scale: elements of all parameters over those of the short model's.
+        refresh_limit: how many blocks may renew their bases in the same step, None for all, as they do when played.
     """
 
     def __init__(
@@ -148,11 +149,13 @@ class StepModel:
         members: Sequence[Sequence[int]],
         persistent: Sizes,
         update_scale: float,
+        refresh_limit: int | None,
     ) -> None:
         self.shares = tuple(played)
         self._played, self._members, self._persistent = played, members, persistent
         self._update_scale = update_scale
         self._num_blocks = sum(map(len, members))
+        self._refresh_limit = refresh_limit if refresh_limit is not None and refresh_limit < self._num_blocks else None
         self._moments = [moment for index in range(len(played[self.shares[0]])) for moment in self._expand(index)]
 
     def problem(self) -> PolicyProblem:
@@ -215,10 +218,12 @@ class StepModel:
 
     def _expand(self, index: int) -> Iterator[_Moment]:
         """The moments of one step, each scene once for every block that the running one stands for."""
-        steps = [self._played[share][index] for share in self.shares]
-        rests = [{(s.phase, s.scene): s.rest for s in step.scenes} for step in steps]
+        steps, steady = self._steps(index), self._steps(_STEADY)
+        rests, steady_rests = _rests(steps), _rests(steady)
+        is_limited = self._refresh_limit is not None and index == _REFRESHING
         for played in steps[0].scenes:
-            rest = tuple(found.get((played.phase, played.scene), {}) for found in rests)
+            key = played.phase, played.scene
+            rest = tuple(found.get(key, {}) for found in rests)
             name = played.phase if played.phase in ("refresh", "eval") else steps[0].name + played.phase
             scene = played.scene
             members: Sequence[int | None] = (None,)
@@ -227,12 +232,24 @@ class StepModel:
                 if scene.runs_backward:
                     members = members[::-1]
             for block in members:
-                yield self._moment(name, steps, scene, block, rest)
+                found = self._scene_of_blocks(steps[0].calls, scene, block)
+                if not is_limited:
+                    yield _moment(name, steps, found, rest)
+                    continue
+                assert self._refresh_limit is not None
+                others = _costliest(found, steps, steady)
+                at_once = self._refresh_limit - (block is not None)
+                yield _moment(name, steps, found, rest, steady, {block, *others[:at_once]})
+                if block is not None and key in steady_rests[0]:  # it is not its turn, but that of others
+                    rest_of_steady = tuple(rest.get(key, {}) for rest in steady_rests)
+                    yield _moment(name, steps, found, rest_of_steady, steady, {*others[: self._refresh_limit]})
 
-    def _moment(
-        self, phase: str, steps: Sequence[PlayedStep], scene: Scene, running: int | None, rest: tuple[Sizes, ...]
-    ) -> _Moment:
-        calls = steps[0].calls
+    def _steps(self, index: int) -> list[PlayedStep]:
+        """One step, for each share."""
+        return [self._played[share][index] for share in self.shares]
+
+    def _scene_of_blocks(self, calls: Sequence[PlayedCall], scene: Scene, running: int | None) -> "_BlockScene":
+        """What is saved and left while a block runs of those that the scene's running one stands for."""
         saving = [(call, block) for call in scene.saving for block in self._members[calls[call].block]]
         done = [(call, block) for call in scene.done for block in self._members[calls[call].block]]
         if scene.running is not None and running is not None:
@@ -242,12 +259,73 @@ class StepModel:
             (saving if calls[scene.running].saves else done).extend(before)
             if scene.runs_backward:
                 done += [(scene.running, block) for block in others if block > running]
-        saved = tuple((block, tuple(step.calls[call].saved for step in steps)) for call, block in saving)
-        left = _total([calls[call].left for call, _ in done])
-        return _Moment(phase, running, saved, left, rest)
+        return _BlockScene(running, saving, done)
 
 
-_STEADY = 0
+@dataclasses.dataclass(frozen=True)
+class _BlockScene:
+    """A scene in terms of the whole model's blocks.
+
+    Attributes:
+        running: the block that runs.
+        saving: calls, by their number in the played step, whose saved bytes are alive, and the block of each.
+        done: calls that are over.
+    """
+
+    running: int | None
+    saving: list[tuple[int, int]]
+    done: list[tuple[int, int]]
+
+
+def _moment(
+    phase: str,
+    steps: Sequence[PlayedStep],
+    scene: _BlockScene,
+    rest: tuple[Sizes, ...],
+    steady: Sequence[PlayedStep] = (),
+    renewed: Collection[int | None] = (),
+) -> _Moment:
+    """A moment of a step.
+
+    Args:
+        phase: its name.
+        steps: for each share the step.
+        scene: what goes on.
+        rest: for each share all that belongs to no other block.
+        steady: where given, what blocks take that are not among ``renewed``.
+        renewed: blocks whose bases are renewed.
+    """
+
+    def of(block: int) -> Sequence[PlayedStep]:
+        return steady if steady and block not in renewed else steps
+
+    saved = tuple((block, tuple(step.calls[call].saved for step in of(block))) for call, block in scene.saving)
+    left = _total([of(block)[0].calls[call].left for call, block in scene.done])
+    return _Moment(phase, scene.running, saved, left, rest)
+
+
+def _costliest(scene: _BlockScene, steps: Sequence[PlayedStep], steady: Sequence[PlayedStep]) -> list[int]:
+    """The blocks other than the running one, those first that take most more when their bases are renewed."""
+    more: dict[int, int] = {}
+    for call, block in scene.saving:
+        pairs = zip(steps, steady, strict=True)
+        saved = (_size(a.calls[call].saved) - _size(b.calls[call].saved) for a, b in pairs)
+        more[block] = more.get(block, 0) + max(saved)
+    for call, block in scene.done:
+        left = _size(steps[0].calls[call].left) - _size(steady[0].calls[call].left)
+        more[block] = more.get(block, 0) + left
+    return sorted((b for b, size in more.items() if size > 0 and b != scene.running), key=lambda b: -more[b])
+
+
+def _rests(steps: Sequence[PlayedStep]) -> list[dict[tuple[str, Scene], Sizes]]:
+    return [{(s.phase, s.scene): s.rest for s in step.scenes} for step in steps]
+
+
+def _size(sizes: Sizes) -> int:
+    return sum(sizes.values())
+
+
+_STEADY, _REFRESHING = 0, 1  # positions of the played steps
 
 
 def _total(added: Sequence[Sizes], taken: Sequence[Sizes] = ()) -> Sizes:
