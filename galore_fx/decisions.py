@@ -1,6 +1,7 @@
 """All that ``compile``, ``plan``, the backend and ``explain`` decide about a model, before anything in it changes."""
 
 import dataclasses
+import warnings
 
 from torch import nn
 from torch.optim import Optimizer
@@ -112,6 +113,12 @@ def decide_as_planned(model: nn.Module, plan: Plan, optimizer: OptimizerChoice) 
             differing = next(((a, b) for a, b in zip(theirs, ours, strict=False) if a != b), (len(theirs), len(ours)))
             shown = (theirs, ours) if isinstance(theirs, str) else differing
             raise ModelError(f"the plan was made for other {what}: {shown[0]} in the plan, {shown[1]} in this model")
+    here = next(model.parameters()).device.type
+    if plan.device not in (None, here):
+        warnings.warn(
+            f"the plan was made for {plan.device} and the model is on {here}, where its prediction does not hold",
+            stacklevel=3,
+        )
     return dataclasses.replace(decisions, plan=plan)
 
 

@@ -87,6 +87,7 @@ class Plan:
         keep_logits: as of ``compile``.
         micro_batches: as of ``compile``.
         batch: shapes of the sample's tensors by argument, which a training call may not exceed; empty for any.
+        device: "cpu" or "cuda", for which the prediction is; None without one.
     """
 
     recipe: dict[str, Any]
@@ -105,6 +106,7 @@ class Plan:
     keep_logits: bool = False
     micro_batches: int = 1
     batch: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    device: str | None = None
 
     @property
     def categories(self) -> dict[str, int]:
@@ -238,6 +240,7 @@ class Plan:
                 data["keep_logits"],
                 data["micro_batches"],
                 {name: tuple(shape) for name, shape in data["batch"].items()},
+                data["device"],
             )
         except (ValueError, KeyError, TypeError) as error:
             raise SettingError(f"not a plan that galore_fx wrote: {error!r}") from error

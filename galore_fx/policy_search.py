@@ -84,6 +84,7 @@ class PolicySearch:
             chosen=words,
             prediction=prediction,
             estimated=self._device != "cpu",
+            device=self._device,
             reserve_bytes=_reserve_bytes(prediction.peak_bytes, self._device, self._reserve),
         )
 

@@ -31,6 +31,7 @@ from galore_fx.fake_model import fake_batch, fake_copy, fake_mode
 from galore_fx.installation import InstalledBlocks, install
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.passes.memory_plan.block_calls import BlockCalls, Call
+from galore_fx.passes.memory_plan.cuda_attention import attention_of_cuda, cuda_kernel_scratch_bytes
 from galore_fx.passes.memory_plan.fake_inductor import lowering_only
 from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
 from galore_fx.passes.memory_plan.repeated_blocks import deepcopy_short, short_lists, stand_ins
@@ -42,7 +43,7 @@ from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
 from galore_fx.plan_record import Prediction
-from galore_fx.runtime.compatibility import tree_leaves
+from galore_fx.runtime.compatibility import compile_graph, tree_leaves
 from galore_fx.runtime.dispatch import TrainingForward
 from galore_fx.sample import describe_sample
 
@@ -60,7 +61,8 @@ class StepSimulator:
         keep_logits: as of ``compile``.
         micro_batches: how many of these batches a step accumulates.
         device: "cpu": what library kernels allocate inside themselves is measured here, as are the rates that the
-            times follow from; "cuda": no such allocation, and the rates of an RTX 4090.
+            times follow from; "cuda": attention in the blocks is CUDA's, with its workspace; of other kernels none is
+            known; the rates are those of an RTX 4090. The graphs are lowered as for the CPU in either case.
     """
 
     def __init__(self, model: nn.Module, sample: object, *, keep_logits: bool, micro_batches: int, device: str) -> None:
@@ -70,7 +72,8 @@ class StepSimulator:
         self._mode = fake_mode()
         self._regions: Regions = {}
         self._variants: Variants = {}
-        self._scratch = kernel_scratch_bytes if device == "cpu" else None
+        self._is_cuda = device != "cpu"
+        self._scratch = cuda_kernel_scratch_bytes if self._is_cuda else kernel_scratch_bytes
         self._rates = this_cpu() if device == "cpu" else RTX_4090
         self.granularity = 1 if device == "cpu" else CUDA_GRANULARITY
         self._counter: StorageCounter | None = None
@@ -100,7 +103,7 @@ class StepSimulator:
         counter = StorageCounter(self._scratch, self._rates.seconds, self.granularity)
         blocks = PlayedBlocks([region.name for region in regions], members)
         num_elements = sum(p.numel() for p in self._model.parameters())
-        compiler = RegionCompiler(self._regions, all_forms=True)
+        compiler = RegionCompiler(self._regions, _compile_for_cuda if self._is_cuda else None, all_forms=True)
         with self.playing(counter):
             return FakeTraining(self, fake, decisions, counter, compiler, blocks, num_elements)
 
@@ -347,6 +350,11 @@ class FakeTraining:
             count("optimizer_state", times, [t for state in states for t in state.values()])
         count("activations", 1, [*self._args, *self._kwargs.values()])
         return found
+
+
+def _compile_for_cuda(gm: fx.GraphModule, inputs: Sequence[object], activation_budget: float) -> Callable[..., Any]:
+    attention_of_cuda(gm)
+    return compile_graph(gm, inputs, activation_budget)
 
 
 def _watch(fake: nn.Module, blocks: InstalledBlocks, calls: BlockCalls) -> None:

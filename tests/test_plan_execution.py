@@ -12,6 +12,7 @@ import torch
 import galore_fx
 from galore_fx import measurement
 from galore_fx.measurement import counted_peak, kept_bytes
+from galore_fx.plan_record import Plan
 from galore_fx.policy_search import largest_peak
 from galore_fx.runtime import peak_watch
 from tests.models import adamw, batches, largest_error, llama
@@ -95,6 +96,14 @@ def test_a_plan_for_something_else_is_refused():
         galore_fx.compile(small(), plan=plan, optimizer=torch.optim.SGD)
     with pytest.raises(galore_fx.SettingError, match="budget, overrides cannot be given beside it"):
         galore_fx.compile(small(), "1GB", plan=plan, rank=4)
+
+
+def test_a_plan_for_another_device_is_run_with_a_warning():
+    ids = torch.zeros((1, 8), dtype=torch.long)
+    plan = galore_fx.plan(llama(1), sample={"input_ids": ids, "labels": ids}, optimizer=adamw(), device="cuda")
+    assert plan.device == "cuda" and Plan.from_json(plan.to_json()) == plan
+    with pytest.warns(UserWarning, match="made for cuda and the model is on cpu"):
+        galore_fx.compile(llama(1), optimizer=adamw(), plan=plan)
 
 
 def test_auto_takes_what_the_device_has():

@@ -1,0 +1,131 @@
+"""Attention as a CUDA device runs it, in graphs that are traced on CPU tensors.
+
+On a CPU torch keeps the whole attention matrix where there is dropout; CUDA's kernels never form it. Of all operations
+it is the one whose choice changes what a step takes, so a plan for CUDA takes CUDA's.
+
+The choice and the workspaces follow torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (order: flash,
+memory-efficient, math; conditions for compute capability 8.0 and above) and flash_attn/flash_api.cpp (``mha_bwd``).
+Not verified on a GPU; the memory-efficient kernel's own workspace is not known here and counts as none.
+"""
+
+import enum
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+_LARGEST_FLASH_HEAD = 256
+_FLOAT_BYTES = 4
+
+
+class Kernel(enum.Enum):
+    """What runs a scaled dot-product attention."""
+
+    FLASH = "flash"
+    EFFICIENT = "memory-efficient"
+    MATH = "math"
+
+
+def attention_of_cuda(gm: fx.GraphModule) -> None:
+    """Exchanges the attention in a graph of torch functions, in place, for what CUDA would run."""
+    for node in gm.graph.find_nodes(op="call_function", target=functional.scaled_dot_product_attention):
+        node.target = _attention
+    gm.recompile()
+
+
+def choose_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool
+) -> Kernel:
+    """The kernel that torch takes on a CUDA device of compute capability 8.9.
+
+    Args:
+        query: (batch, heads, queries, head size).
+        key, value: (batch, heads or fewer, keys, head size).
+        mask: added to the scores, or True where they count.
+        dropout: probability.
+        is_causal: each query sees the keys up to its own place.
+    """
+    head = query.shape[-1]
+    is_square = query.shape[-2] == key.shape[-2]
+    too_wide_for_8_9 = 192 < head <= 224 or (head > 224 and dropout > 0.0)
+    if (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and mask is None
+        and head == value.shape[-1] <= _LARGEST_FLASH_HEAD
+        and not too_wide_for_8_9
+        and (is_square or not is_causal)
+    ):
+        return Kernel.FLASH
+    has_as_many_heads = query.shape[1] == key.shape[1] == value.shape[1]
+    if has_as_many_heads and query.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        return Kernel.EFFICIENT
+    return Kernel.MATH
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` by the operation of the chosen kernel; on fake tensors only."""
+    if query.ndim != 4:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    kernel = choose_kernel(query, key, value, attn_mask, dropout_p, is_causal)
+    if kernel is Kernel.MATH:
+        out = torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out[0]  # type: ignore[no-any-return]
+    scale = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
+    head = query.shape[-1]
+    if kernel is Kernel.FLASH:
+        query, key, value = (_padded(each) for each in (query, key, value))
+        out = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, return_debug_mask=False, scale=scale
+        )
+        return out[0][..., :head]  # type: ignore[no-any-return]
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            minus_infinity = torch.full((), -math.inf, dtype=query.dtype, device=query.device)
+            attn_mask = torch.where(attn_mask, torch.zeros_like(minus_infinity), minus_infinity)
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )
+    return out[0]  # type: ignore[no-any-return]
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """The head size rounded up to a multiple of 8, which flash attention needs."""
+    missing = -tensor.shape[-1] % 8
+    return functional.pad(tensor, (0, missing)) if missing else tensor
+
+
+def cuda_kernel_scratch_bytes(func: Any, args: Sequence[Any], _kwargs: Mapping[str, Any]) -> int:
+    """Bytes that an operation's CUDA kernel allocates besides its outputs, as far as they are known.
+
+    Args:
+        func: an ``OpOverload``.
+        args: its arguments; tensors may be fake.
+    """
+    if func.overloadpacket is not torch.ops.aten._scaled_dot_product_flash_attention_backward:
+        return 0
+    query, key = args[1], args[2]
+    batch, heads, queries, head = query.shape
+    rounded_queries = -(-queries // 128) * 128
+    rounded_head = -(-head // 32) * 32 if head <= 192 else 256
+    sums = batch * heads * rounded_queries * _FLOAT_BYTES
+    gradient_of_queries = sums * rounded_head
+    num_kv_heads, keys = key.shape[1], key.shape[2]
+    expanded = 2 * batch * keys * heads * head * query.itemsize if num_kv_heads != heads else 0
+    return int(sums + gradient_of_queries + expanded)
