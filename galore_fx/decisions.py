@@ -72,7 +72,7 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
             f"{-(-len(regions) // limit)} or more"
         )
     instance = resolve_optimizer(request.optimizer, model)
-    updates = UpdateCompiler(type(instance), instance.defaults, variants)
+    updates = UpdateCompiler(type(instance), instance.defaults, variants, state_bits=resolved.state_bits)
     for group in instance.param_groups:
         updates.check(group)
     if request.sample is not None:
@@ -85,6 +85,7 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         resolved,
         optimizer=type(instance).__name__,
         num_state_tensors=len(layout.initial),
+        state_format=layout.format,
         num_state_scalars=len(layout.scalars),
         budget_bytes=budget_bytes,
         fixed_bytes=sum(b.nbytes for b in model.buffers())

@@ -8,6 +8,7 @@ refresh       fixed
 refresh_gap   updates between two refreshes of the same basis
 stagger       spread the refreshes of the layers over the gap
 refresh_limit blocks whose bases may be renewed in the same update; None: all that are due
+state_bits    8: the optimizer's states in blocks of 256; 32: float32; None: as the weight
 scale         GaLore's alpha: a fractional learning rate of what is projected
 update        deferred | in-backward
 activation_budget  share of a block's activations that is kept, the rest is recomputed: 1.0 keeps all, 0.0 none
@@ -43,6 +44,8 @@ class Recipe:
         refresh_limit: blocks whose bases may be renewed in the same update, None for all that are due; the others wait
             their turn. What a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
             alive for so many blocks only.
+        state_bits: 8 for block-wise quantised states (Dettmers et al. 2022, arXiv:2110.02861; tensors of fewer than
+            4096 elements stay in float32), 32 for float32, None for the weight's dtype.
         scale: factor of the back-projected update (GaLore's alpha).
         update: all parameters in ``optimizer.step()``, or each inside the backward that completes its gradient.
         max_grad_norm: 2-norm that the gradients are clipped to, or None.
@@ -59,6 +62,7 @@ class Recipe:
     refresh_gap: int = 50
     stagger: bool = True
     refresh_limit: int | None = None
+    state_bits: int | None = None
     scale: float = 0.25
     update: Update = "deferred"
     max_grad_norm: float | None = None
@@ -84,7 +88,6 @@ PARTS_NOT_BUILT_YET = (
     "cross_head",
     "granularity",
     "basis_bits",
-    "state_bits",
     "weight_bits",
     "moments_on_refresh",
     "residual",
@@ -135,6 +138,8 @@ def _check(recipe: Recipe) -> None:
         raise SettingError(f"refresh_gap={gap!r} must be an int of at least 1")
     if not isinstance(recipe.stagger, bool):
         raise SettingError(f"stagger={recipe.stagger!r} must be True or False")
+    if recipe.state_bits not in (None, 8, 32) or isinstance(recipe.state_bits, bool):
+        raise SettingError(f"state_bits={recipe.state_bits!r} must be 8, 32, or None for the weight's own dtype")
     limit = recipe.refresh_limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SettingError(f"refresh_limit={limit!r} must be an int of at least 1, or None for all that are due")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from galore_fx.errors import UsageError
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
-from galore_fx.runtime.optimizer_state import STATE_VERSION, Counters, restore
+from galore_fx.runtime.optimizer_state import SCALES, STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
 from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
@@ -356,7 +356,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 missing = wanted - self.state[parameter].keys()
                 if missing:  # a setting has left zero that brings a state with it, as SGD's momentum does
                     new = self._new_state(parameter)
-                    self.state[parameter].update({name: new[name] for name in (*missing, "started") if name in new})
+                    added = (*missing, *(name + SCALES for name in missing), "started")
+                    self.state[parameter].update({name: new[name] for name in added if name in new})
         return self._settings[id(group)]
 
     def _apply_sketch(self, record: ProjectedParameter) -> None:
@@ -382,10 +383,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         layout = self._updates.layout(self._updates.read(group), group)
         record = self._records.get(id(parameter))
         like = record.leaf if record is not None else parameter
-        state = {
-            name: torch.full(like.shape, value or 0.0, dtype=parameter.dtype, device=parameter.device)
-            for name, value in layout.initial.items()
-        }
+        state = layout.format.make(layout.initial, like, parameter.dtype)
         state |= {name: torch.tensor(value, dtype=torch.float32) for name, value in layout.scalars.items()}
         if None in layout.initial.values():
             # Some of the state is made by the first step (SGD's momentum), whose graph is another one.

@@ -8,8 +8,62 @@ import torch
 from torch import Tensor
 
 from galore_fx.errors import OptimizerError
+from galore_fx.runtime.blockwise import BLOCK, MIN_ELEMENTS, code_of_zero, num_blocks, stored_bytes
 
+SCALES = "_scales"
 STATE_VERSION = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class StateFormat:
+    """How the tensors of an optimizer's state are stored.
+
+    Attributes:
+        bits: 8 (blocks of 256, tensors of at least 4096 elements; float32 below), 32 (float32), None (as the weight).
+        unsigned: names of the states that are never negative.
+    """
+
+    bits: int | None = None
+    unsigned: frozenset[str] = frozenset()
+
+    def is_quantized(self, num_elements: int) -> bool:
+        """Whether a state of that many elements is stored as codes."""
+        return self.bits == 8 and num_elements >= MIN_ELEMENTS
+
+    def stored_bytes(self, num_elements: int, weight_bytes: int) -> int:
+        """Bytes of one state of that many elements, for a weight of ``weight_bytes`` an element."""
+        if self.is_quantized(num_elements):
+            return stored_bytes(num_elements)
+        return num_elements * (weight_bytes if self.bits is None else 4)
+
+    def make(self, initial: Mapping[str, float | None], like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """New state tensors by name: of the shape of ``like``, or codes (blocks * 256,) and ``_scales`` (blocks,).
+
+        Args:
+            initial: what fills each.
+            like: of the gradient's shape and device.
+            dtype: the weight's.
+        """
+        if not self.is_quantized(like.numel()):
+            dtype = dtype if self.bits is None else torch.float32
+            return {
+                name: torch.full(like.shape, value or 0.0, dtype=dtype, device=like.device)
+                for name, value in initial.items()
+            }
+        found = {}
+        blocks = num_blocks(like.numel())
+        for name, value in initial.items():
+            code = _code_of_one(value or 0.0, signed=name not in self.unsigned)
+            found[name] = torch.full((blocks * BLOCK,), code, dtype=torch.uint8, device=like.device)
+            found[name + SCALES] = torch.full((blocks,), abs(value or 0.0), device=like.device)
+        return found
+
+
+def _code_of_one(value: float, *, signed: bool) -> int:
+    """The code of a block whose elements are all equal: 1 times its scale, or 0."""
+    if value < 0:
+        raise OptimizerError(f"a state that starts at {value} cannot be kept in 8 bits; use state_bits=32")
+    return 255 if value else code_of_zero(signed=signed)
 
 
 @dataclasses.dataclass

@@ -5,17 +5,21 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 
 
 class Layout(Protocol):
-    """What the optimizer class keeps per parameter: fill value of each tensor, value of each number."""
+    """What the optimizer class keeps per parameter: fill value and format of each tensor, value of each number."""
 
     @property
     def initial(self) -> Mapping[str, float | None]: ...
 
     @property
     def scalars(self) -> Mapping[str, float]: ...
+
+    @property
+    def format(self) -> StateFormat: ...
 
 
 class Updates(Protocol):

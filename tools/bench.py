@@ -3,6 +3,7 @@
     python tools/bench.py memory          memory through one step, as a picture (needs the plots extra)
     python tools/bench.py start           time to the first step: cold, warm, and with 24 layers
     python tools/bench.py step            one training step: plain AdamW, galore_torch, galore_fx
+    python tools/bench.py update          one parameter's update with 8-bit states: galore_fx, bitsandbytes, torchao
     python tools/bench.py step --case a --steps 15
 
 A row holds the figures with shape, settings, hardware, versions, load average and date. Times are minima over
@@ -59,12 +60,14 @@ def main() -> None:
     import bench_memory
     import bench_start
     import bench_step
+    import bench_update
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     bench_step.add_command(commands)
     bench_memory.add_command(commands)
     bench_start.add_command(commands)
+    bench_update.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

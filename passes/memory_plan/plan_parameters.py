@@ -14,6 +14,7 @@ from galore_fx.passes.model_graph.find_regions import LinearWeight, Region
 from galore_fx.passes.model_graph.parameter_roles import ParameterRole
 from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
+from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.subspace import ProjectedDim
 from galore_fx.units import format_bytes
 
@@ -28,6 +29,7 @@ def plan_parameters(
     *,
     optimizer: str,
     num_state_tensors: int,
+    state_format: StateFormat,
     num_state_scalars: int,
     budget_bytes: int | None,
     fixed_bytes: int,
@@ -41,6 +43,7 @@ def plan_parameters(
         recipe: the parts in force.
         optimizer: name of the optimizer class.
         num_state_tensors: tensors of the gradient's shape that it keeps per parameter.
+        state_format: how it stores them.
         num_state_scalars: float32 numbers that it keeps per parameter.
         budget_bytes: the budget, None without one.
         fixed_bytes: bytes of frozen parameters and buffers.
@@ -53,7 +56,7 @@ def plan_parameters(
         weight_bytes = parameter.numel() * element
         scalar_bytes = num_state_scalars * _SCALAR_STATE_BYTES
         if linear is None:
-            state_bytes = num_state_tensors * weight_bytes + scalar_bytes
+            state_bytes = num_state_tensors * state_format.stored_bytes(parameter.numel(), element) + scalar_bytes
             sizes = {
                 "weights": weight_bytes,
                 "bases": 0,
@@ -66,12 +69,12 @@ def plan_parameters(
             continue
         shape = (parameter.shape[0], parameter.shape[1])
         dim, rank = projected_dim(linear, recipe), recipe.rank_in_force(shape)
-        low_bytes = math.prod(dim.projected_shape(shape, rank)) * element
+        low = math.prod(dim.projected_shape(shape, rank))
         sizes = {
             "weights": weight_bytes,
             "bases": math.prod(dim.basis_shape(shape, rank)) * element,
-            "optimizer_state": num_state_tensors * low_bytes + scalar_bytes,
-            "gradients": low_bytes,
+            "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes,
+            "gradients": low * element,
         }
         entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, role.description, role.shared_with))
     names = tuple(region.name for region in regions)

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from galore_fx.errors import OptimizerError
 from galore_fx.runtime.compatibility import FakeTensorMode, ShapeEnv, condition_of, optimizer_internals
+from galore_fx.runtime.optimizer_state import StateFormat
 
 STATE_PREFIX = "state."
 WHAT_CAN_BE_LOWERED = (
@@ -41,10 +42,12 @@ class StateLayout:
     Attributes:
         initial: value that fills each state tensor before the first step; None for one that the first step creates.
         scalars: initial value of each scalar state, by name.
+        format: how the tensors are stored.
     """
 
     initial: Mapping[str, float | None]
     scalars: Mapping[str, float]
+    format: StateFormat = StateFormat()
 
 
 @dataclasses.dataclass(frozen=True)

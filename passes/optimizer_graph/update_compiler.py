@@ -6,6 +6,7 @@ The body is elementwise, so parameters of every shape go through it flattened, a
 serves all of them. Where the step branches on how many steps there were, all branches are in the one body.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from galore_fx.errors import OptimizerError
 from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, lower_to_subspace
 from galore_fx.passes.optimizer_graph.merge_branches import merge_branches, numbers_of
+from galore_fx.passes.optimizer_graph.quantize_states import never_negative, quantize_states
 from galore_fx.passes.optimizer_graph.trace_step import (
     STATE_PREFIX,
     GroupSettings,
@@ -26,9 +29,13 @@ from galore_fx.passes.optimizer_graph.trace_step import (
     trace_step,
 )
 from galore_fx.passes.pass_runner import Effect, PassRecord
+from galore_fx.runtime.blockwise import BLOCK
+from galore_fx.runtime.optimizer_state import SCALES, StateFormat
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.subspace import add_back_projection_, project
 
+# What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
+SLICE_ELEMENTS = 2**20
 # Scalars of this many different steps are kept: parameters that lag behind (unused in a step) have their own.
 _NUM_CACHED_STEPS = 8
 
@@ -55,6 +62,7 @@ class UpdateCompiler:
         defaults: its instance's ``defaults``: which keys of a param group are its settings. Others, such as a
             scheduler's ``initial_lr`` or a group's name, are nobody's business here.
         variants: where compiled steps are kept; those of the process by default.
+        state_bits: as of a recipe.
     """
 
     def __init__(
@@ -62,10 +70,12 @@ class UpdateCompiler:
         optimizer_class: type[torch.optim.Optimizer],
         defaults: Mapping[str, Any],
         variants: Variants | None = None,
+        state_bits: int | None = None,
     ) -> None:
         self.optimizer_class = optimizer_class
         self._variants = _VARIANTS if variants is None else variants
         self._defaults = defaults
+        self._state_bits = state_bits
         self._layouts: dict[object, StateLayout] = {}
         self._chosen: dict[object, tuple[CompiledUpdate, int]] = {}
         self._used: set[CompiledUpdate] = set()
@@ -84,8 +94,19 @@ class UpdateCompiler:
         # Whether a state exists can hang on a number being zero: SGD keeps a buffer only with momentum.
         key = settings.switches, tuple(name for name, value in settings.floats.items() if value)
         if key not in self._layouts:
-            self._layouts[key] = state_layout(self.optimizer_class, group)
+            layout = state_layout(self.optimizer_class, group)
+            self._layouts[key] = dataclasses.replace(layout, format=self._format(group, settings, layout))
         return self._layouts[key]
+
+    def _format(self, group: Mapping[str, Any], settings: GroupSettings, layout: StateLayout) -> StateFormat:
+        if self._state_bits != 8:
+            return StateFormat(self._state_bits)
+        scalars = _scalars(settings, layout)
+        branches = []
+        for traced in self._branches(group, settings, layout, scalars):
+            lowered = lower_to_subspace(traced, projected=True)
+            branches.append((lowered, lowered.prologue(*scalars.values(), 1.0)[: lowered.num_slots]))
+        return StateFormat(8, frozenset(never_negative(branches, list(layout.initial))))
 
     def check(self, group: Mapping[str, Any]) -> None:
         """Traces and lowers a step without compiling it, so that what cannot be lowered fails at once.
@@ -95,12 +116,8 @@ class UpdateCompiler:
         """
         settings = self.read(group)
         layout = self.layout(settings, group)
-        scalars = {
-            **settings.floats,
-            **{STATE_PREFIX + name: value for name, value in layout.scalars.items()},
-        }
         try:
-            for traced in self._branches(group, settings, layout, scalars):
+            for traced in self._branches(group, settings, layout, _scalars(settings, layout)):
                 lower_to_subspace(traced, projected=True)
         except OptimizerError as error:
             raise OptimizerError(f"{self.optimizer_class.__name__} cannot be lowered: {error}") from error
@@ -111,15 +128,16 @@ class UpdateCompiler:
         layout = self.layout(settings, group)
         values = (*settings.floats.values(), *layout.scalars.values())
         for projected in (True, False):
-            self._choose(group, settings, layout, values, projected, None in layout.initial.values())
+            for quantized in {False, layout.format.bits == 8}:
+                self._choose(group, settings, layout, values, projected, None in layout.initial.values(), quantized)
 
     def pass_records(self, group: Mapping[str, Any], *, projected: bool) -> list[PassRecord]:
         """What each pass makes of the step of a parameter, for ``explain``; nothing is compiled."""
         settings = self.read(group)
         layout = self.layout(settings, group)
-        states = {STATE_PREFIX + name: value for name, value in layout.scalars.items()}
+        scalars = _scalars(settings, layout)
         start = time.perf_counter()
-        traced = self._branches(group, settings, layout, {**settings.floats, **states})
+        traced = self._branches(group, settings, layout, scalars)
         traced_at = time.perf_counter()
         lowered = [lower_to_subspace(step, projected=projected) for step in traced]
         lowered_at = time.perf_counter()
@@ -129,10 +147,9 @@ class UpdateCompiler:
             sum(len(step.prologue.graph.nodes) + len(step.body.graph.nodes) for step in lowered),
             sum(len(step.prologue.graph.nodes) for step in lowered) + len(merged.graph.nodes),
         ]
-        numbers = len(settings.floats) + len(states)
         where = "in the subspace" if projected else "at full rank"
-        return [
-            PassRecord("trace_step", traced_at - start, 0, sizes[0], Effect(numbers, "live numbers")),
+        records = [
+            PassRecord("trace_step", traced_at - start, 0, sizes[0], Effect(len(scalars), "live numbers")),
             PassRecord(
                 "lower_to_subspace",
                 lowered_at - traced_at,
@@ -148,6 +165,14 @@ class UpdateCompiler:
                 Effect(len(traced), "branches in one body"),
             ),
         ]
+        if layout.format.bits == 8:
+            start = time.perf_counter()
+            quantized = quantize_states(merged, list(layout.initial), layout.format.unsigned)
+            words = f"states in 8 bits, {len(layout.format.unsigned)} without a sign"
+            num_nodes = len(quantized.graph.nodes)
+            effect = Effect(len(layout.initial), words)
+            records.append(PassRecord("quantize_states", time.perf_counter() - start, sizes[2], num_nodes, effect))
+        return records
 
     def update(
         self,
@@ -176,12 +201,15 @@ class UpdateCompiler:
         layout = self.layout(settings, group)
         values = (*settings.floats.values(), *[float(state[name]) for name in layout.scalars])
         born = first and None in layout.initial.values()
-        key = (record is not None, born, settings.switches, values)
+        quantized = layout.format.is_quantized(grad.numel())
+        key = (record is not None, born, quantized, settings.switches, values)
         chosen = self._chosen.get(key)
         if chosen is None:
             if len(self._chosen) >= _NUM_CACHED_STEPS:
                 self._chosen.clear()
-            chosen = self._chosen[key] = self._choose(group, settings, layout, values, record is not None, born)
+            chosen = self._chosen[key] = self._choose(
+                group, settings, layout, values, record is not None, born, quantized
+            )
             self._used.add(chosen[0])
         compiled, branch = chosen
         compiled(branch, weight, grad, [state[name] for name in layout.initial], state, (*values, scale), record)
@@ -194,16 +222,17 @@ class UpdateCompiler:
         values: tuple[float, ...],
         projected: bool,
         born: bool,
+        quantized: bool,
     ) -> tuple["CompiledUpdate", int]:
         """The compiled step and its branch that these numbers take, traced now if they are new."""
         names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
-        known = self._variants.setdefault((self.optimizer_class, projected, settings.switches, names), [])
+        known = self._variants.setdefault((self.optimizer_class, projected, quantized, settings.switches, names), [])
         for compiled in known:
             branch = compiled.branch_for(values, born)
             if branch is not None:
                 return compiled, branch
         traced = self._branches(group, settings, layout, dict(zip(names, values, strict=True)))
-        compiled = CompiledUpdate(traced, projected)
+        compiled = CompiledUpdate(traced, projected, layout.format.unsigned if quantized else None)
         known.append(compiled)
         branch = compiled.branch_for(values, born)
         assert branch is not None, f"{self.optimizer_class.__name__} was traced at {values} and does not hold there"
@@ -235,15 +264,19 @@ class CompiledUpdate:
     Args:
         traced: the branches.
         projected: whether the parameter is projected.
+        unsigned: where the states are in 8 bits, those that are never negative.
     """
 
-    def __init__(self, traced: Sequence[TracedStep], projected: bool) -> None:
+    def __init__(self, traced: Sequence[TracedStep], projected: bool, unsigned: frozenset[str] | None = None) -> None:
         self._traced = traced
         self._lowered = [lower_to_subspace(step, projected=projected) for step in traced]
         assert all(lowered.scalars[-1] == SCALE for lowered in self._lowered)
         self._new_scalars = traced[0].new_scalars
         self._needs_weight = any(lowered.needs_weight for lowered in self._lowered)
         body = merge_branches(self._lowered, projected=projected)
+        self._is_quantized = unsigned is not None
+        if unsigned is not None:
+            body = quantize_states(body, traced[0].new_tensors, unsigned)
         self._body: Callable[..., Any] = torch.compile(body, fullgraph=True, dynamic=True)
         self._numbers = functools.lru_cache(_NUM_CACHED_STEPS)(self._compute_numbers)
 
@@ -265,16 +298,70 @@ class CompiledUpdate:
         """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
         dtype, device = _compute_dtype(weight.dtype), weight.device
         numbers, factor, new_scalars = self._numbers(branch, values, dtype, device)
-        inputs = [grad, *tensors]
-        if record is None:
-            self._body(*_flat([weight, *inputs]), numbers)
+        in_subspace = [project(weight, record.basis, record.dim)] if record and self._needs_weight else []
+        if self._is_quantized:
+            scales = [state[name + SCALES] for name in self._traced[0].new_tensors]
+            self._run_quantized([grad] if record else [weight, grad], tensors, scales, in_subspace, numbers)
+            update = grad
+        elif record is None:
+            self._body(*_flat([weight, grad, *tensors]), numbers)
         else:
-            if self._needs_weight:
-                inputs.append(project(weight, record.basis, record.dim))
-            update = self._body(*_flat(inputs), numbers)
-            add_back_projection_(weight, update.view(grad.shape), record.basis, record.dim, factor)
+            update = self._body(*_flat([grad, *tensors, *in_subspace]), numbers).view(grad.shape)
+        if record is not None:
+            add_back_projection_(weight, update, record.basis, record.dim, factor)
         for name, value in zip(self._new_scalars, new_scalars, strict=True):
             state[name].fill_(value)
+
+    def _run_quantized(
+        self, whole: list[Tensor], codes: list[Tensor], scales: list[Tensor], read: list[Tensor], numbers: Tensor
+    ) -> None:
+        """The body over whole blocks, a slice at a time, so that what it decodes stays small.
+
+        Args:
+            whole: tensors of one element per code, which are written: weight if unprojected, gradient.
+            codes, scales: of each state.
+            read: tensors like ``whole`` that are only read.
+            numbers: of the body.
+        """
+        flat = [tensor.contiguous().view(-1).detach() for tensor in (*whole, *read)]
+        num_elements = flat[0].numel()
+        num_whole = num_elements // BLOCK
+        num_slices = -(-num_whole * BLOCK // SLICE_ELEMENTS)
+        for part in range(num_slices):
+            blocks = slice(part * num_whole // num_slices, (part + 1) * num_whole // num_slices)
+            elements = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
+            self._run_blocks(
+                [tensor[elements] for tensor in flat],
+                len(whole),
+                [code[elements] for code in codes],
+                [scale[blocks] for scale in scales],
+                numbers,
+            )
+        rest = num_elements - num_whole * BLOCK
+        if rest:
+            # The last block in part: in copies, of two blocks, since a length of one would be compiled for itself.
+            padded = [functional.pad(tensor[-rest:], (0, 2 * BLOCK - rest)) for tensor in flat]
+            last_codes = [functional.pad(code[-BLOCK:], (0, BLOCK)) for code in codes]
+            last_scales = [functional.pad(scale[-1:], (0, 1)) for scale in scales]
+            self._run_blocks(padded, len(whole), last_codes, last_scales, numbers)
+            for target, source, length in [
+                *((target, source, rest) for target, source in zip(flat[: len(whole)], padded, strict=False)),
+                *((target, source, BLOCK) for target, source in zip(codes, last_codes, strict=True)),
+                *((target, source, 1) for target, source in zip(scales, last_scales, strict=True)),
+            ]:
+                target[-length:] = source[:length]
+        for tensor, made in zip(whole, flat, strict=False):
+            if not tensor.is_contiguous():
+                tensor.copy_(made.view(tensor.shape))
+
+    def _run_blocks(
+        self, whole: list[Tensor], num_written: int, codes: list[Tensor], scales: list[Tensor], numbers: Tensor
+    ) -> None:
+        in_blocks = [tensor.view(-1, BLOCK) for tensor in (*whole[:num_written], *codes, *whole[num_written:])]
+        for tensor in in_blocks:
+            torch._dynamo.mark_static(tensor, 1)
+        num_first = num_written + len(codes)
+        self._body(*in_blocks[:num_first], *scales, *in_blocks[num_first:], numbers)
 
     def _compute_numbers(
         self, branch: int, values: tuple[float, ...], dtype: torch.dtype, device: torch.device
@@ -284,6 +371,11 @@ class CompiledUpdate:
         slots, factor, new_scalars = out[: lowered.num_slots], out[lowered.num_slots], out[lowered.num_slots + 1 :]
         numbers = numbers_of(self._lowered, branch, slots)
         return torch.tensor(numbers, dtype=dtype).to(device), factor, tuple(new_scalars)
+
+
+def _scalars(settings: GroupSettings, layout: StateLayout) -> dict[str, float]:
+    """The group's numbers and the initial ones of the state, by their names in a traced step."""
+    return {**settings.floats, **{STATE_PREFIX + name: value for name, value in layout.scalars.items()}}
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
