@@ -55,6 +55,7 @@ __all__ = [
     "in_backward",
     "memory_events",
     "optimizer_internals",
+    "num_captured_graphs",
     "outside_all_modes",
     "quiet_profiler",
     "refuse_unsupported_modes",
@@ -116,6 +117,11 @@ def dispatch_compiler(
             return compiled(*args, **kwargs)
 
     return call
+
+
+def num_captured_graphs() -> int:
+    """How many graphs Dynamo has captured so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _logged_once() -> set[Callable[..., Any]]:

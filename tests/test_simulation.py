@@ -4,10 +4,12 @@ import functools
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import galore_fx
+from galore_fx.measurement import counted_peak
 from galore_fx.policy_search import deciding
 from galore_fx.request import Request
 from galore_fx.simulation import StepSimulator
@@ -80,6 +82,20 @@ def test_a_short_model_is_played_where_it_can_stand_for_the_whole(make, is_short
         if short:
             assert simulator.is_additive == is_short
     assert peaks[0] == peaks[1]
+
+
+def test_a_head_that_compiles_again_in_the_second_step_is_predicted_to_the_byte():
+    def make():
+        config = hf.BertConfig(
+            vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        )
+        torch.manual_seed(0)
+        return hf.BertForSequenceClassification(config).train()
+
+    sample = {"input_ids": torch.full((4, 64), 7), "labels": torch.zeros(4, dtype=torch.long)}
+    plan = galore_fx.plan(make(), sample=sample, rank=4, optimizer=adamw())
+    model = galore_fx.compile(make(), strict=True, rank=4, optimizer=adamw())
+    assert counted_peak(model, sample) == plan.peak_bytes
 
 
 def test_a_first_batch_is_known_by_the_names_of_its_arguments():
