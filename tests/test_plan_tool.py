@@ -34,12 +34,17 @@ def config(tmp_path):
 
 def test_a_config_file_is_planned_without_weights(config, tmp_path, capsys):
     file = tmp_path / "plan.json"
-    sizes = ["--batch", "2", "--seq", "32", "--dtype", "float32", "--device", "cpu", "--rank", "8"]
+    sizes = ["--batch", "2", "--seq", "32", "--dtype", "float32", "--device", "cpu", "--rank", "8", "--state-bits", "8"]
     assert plan_tool.main([config, *sizes, "--budget", "1GB", "--json", str(file)]) == 0
     out = capsys.readouterr().out
     assert "predicted peak" in out and "refreshing backward" in out and "1 of" not in out.splitlines()[1]
     plan = galore_fx.Plan.from_json(file.read_text())
-    assert plan.fits and plan.recipe["rank"] == 8 and plan.categories["weights"] > 4 * 300 * 64
+    assert (
+        plan.fits
+        and plan.recipe["rank"] == 8
+        and plan.recipe["state_bits"] == 8
+        and plan.categories["weights"] > 4 * 300 * 64
+    )
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 

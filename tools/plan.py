@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", default="auto", help=f"{', '.join(sorted(galore_fx.RECIPES))} (auto)")
     parser.add_argument("--rank", help="columns of a basis, or a fraction of the shorter side")
     parser.add_argument("--update", choices=("deferred", "in-backward"))
+    parser.add_argument("--state-bits", type=int, choices=(8, 32), help="of the optimizer's states (as the weights)")
     parser.add_argument("--compare", action="store_true", help="beside other ways of training the same model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw one step there (svg or png; needs matplotlib)")
@@ -90,6 +91,8 @@ def read(arguments: argparse.Namespace) -> tuple[Callable[[], nn.Module], dict[s
         settings["rank"] = _number(arguments.rank)
     if arguments.update is not None:
         settings["update"] = arguments.update
+    if arguments.state_bits is not None:
+        settings["state_bits"] = arguments.state_bits
     resolve_recipe(arguments.recipe, settings)  # before the model is made
     if arguments.budget is not None:
         parse_bytes(arguments.budget)

@@ -67,6 +67,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rank", type=_rank, help="columns of each basis, or fraction of the shorter side")
     parser.add_argument("--refresh-gap", type=int)
     parser.add_argument("--update", choices=("deferred", "in-backward"))
+    parser.add_argument("--state-bits", type=int, choices=(8, 32), help="of the optimizer's states (as the weights)")
     parser.add_argument("--max-grad-norm", type=float)
     parser.add_argument("--budget", help="memory the training may take, such as 16GB")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -258,7 +259,9 @@ def _model_and_text(arguments: argparse.Namespace) -> tuple[Any, Sequences, Any]
 
 
 def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
-    parts = {name: getattr(arguments, name) for name in ("rank", "refresh_gap", "update", "max_grad_norm")}
+    parts = {
+        name: getattr(arguments, name) for name in ("rank", "refresh_gap", "update", "state_bits", "max_grad_norm")
+    }
     galore_fx.compile(
         model,
         arguments.budget,
