@@ -48,7 +48,7 @@ class FakeTraining:
 
     def __init__(
         self,
-        simulator: StepSimulator,
+        simulator: "StepSimulator",
         fake: nn.Module,
         decisions: Decisions,
         counter: StorageCounter,

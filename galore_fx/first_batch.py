@@ -55,14 +55,14 @@ class TrainingCheck:
 def plan_for_first_batch(
     model: nn.Module, request: Request, decisions: Decisions, blocks: InstalledBlocks, compiled: Compiled
 ) -> PlanFirst:
-    """Plans for a compiled model what is still open when its first batch comes: the activation policy.
+    """Plans for a compiled model what is still open when its first batch comes: activation policy and refresh limit.
 
     Args:
         model: the compiled model.
         request: what was asked for, with a budget and without a sample.
         decisions: what was decided without a batch.
         blocks: take the policy.
-        compiled: takes the plan.
+        compiled: takes the plan, and its optimizer the limit.
     """
 
     def plan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Check, PeakWatch | None]:
@@ -84,6 +84,7 @@ def plan_for_first_batch(
         made = decide_for_sample(meta_copy(model), asked).plan
         check_budget(made)
         blocks.set_policy(made.activation_policy)
+        compiled.optimizer.limit_refreshes(made.recipe["refresh_limit"])
         compiled.plan = made
         return PlannedBatch(model, made.batch), watch_peak(model, compiled.optimizer, made)
 

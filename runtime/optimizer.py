@@ -174,6 +174,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._queue.request(self._layers, self.counters.num_updates)
         self._set_forms()
 
+    def limit_refreshes(self, limit: int | None) -> None:
+        """From the window on that is open now, before its first forward, so many regions refresh in one update."""
+        self._queue.limit = limit
+        self._set_forms()
+
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim``: tensors and numbers only; ``galore_fx`` holds the counters and pending refreshes."""
         saved = super().state_dict()

@@ -49,15 +49,20 @@ class RefreshQueue:
     Deterministic, and none waits for ever: a layer that is due has its turn within (number of layers / limit) updates,
     rounded up.
 
+    Attributes:
+        due_since: the update at which each weight became due that waits.
+        limit: how many layers may refresh in the same update; None: all that are due.
+
     Args:
         layers: the layer of each weight, by a key of the caller's. The weights of a layer refresh together.
         schedule: when a layer is due.
-        limit: how many layers may refresh in the same update; None: all that are due.
+        limit: the same.
     """
 
     def __init__(self, layers: Mapping[int, int], schedule: FixedSchedule, limit: int | None) -> None:
         self.due_since: dict[int, int] = {}
-        self._layers, self._schedule, self._limit = layers, schedule, limit
+        self.limit = limit
+        self._layers, self._schedule = layers, schedule
 
     def admit(self, num_updates: int) -> None:
         """Lets those wait that are due in the update that follows ``num_updates`` done ones."""
@@ -72,13 +77,13 @@ class RefreshQueue:
 
     def turn(self) -> set[int]:
         """The weights that refresh in the next update."""
-        if self._limit is None:
+        if self.limit is None:
             return set(self.due_since)
         waiting: dict[int, int] = {}
         for key, since in self.due_since.items():
             layer = self._layers[key]
             waiting[layer] = min(since, waiting.get(layer, since))
-        first = sorted(waiting, key=lambda layer: (waiting[layer], layer))[: self._limit]
+        first = sorted(waiting, key=lambda layer: (waiting[layer], layer))[: self.limit]
         return {key for key in self.due_since if self._layers[key] in first}
 
     def finish(self, key: int) -> None:

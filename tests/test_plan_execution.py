@@ -1,5 +1,6 @@
 """The plan is what runs: batches are held to it, it can be made late, saved, read and run again, and is checked."""
 
+import functools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from galore_fx.measurement import counted_peak, kept_bytes
 from galore_fx.plan_record import Plan
 from galore_fx.policy_search import largest_peak
 from galore_fx.runtime import peak_watch
-from tests.models import adamw, batches, largest_error, llama
+from tests.models import adamw, backward, batches, largest_error, llama
 
 IDS = batches(1, 8, 48)[0]
 SAMPLE = {"input_ids": IDS, "labels": IDS}
@@ -60,6 +61,22 @@ def test_without_a_sample_the_first_batch_is_planned_before_it_runs():
     larger = batches(1, 8, 49)[0]
     with pytest.raises(galore_fx.UsageError, match="was .8, 48. in the sample"):
         model(input_ids=larger, labels=larger)
+
+
+def test_the_first_batch_decides_how_many_blocks_refresh_at_once():
+    wanted = {"recipe": "galore", "update": "deferred", "activation_budget": 1.0, "optimizer": adamw()}
+    ids = batches(1, 3, 32)[0]
+    sample = {"input_ids": ids, "labels": ids}
+    make = functools.partial(llama, 4, hidden=64)
+    peaks = [galore_fx.plan(make(), sample=sample, refresh_limit=limit, **wanted).peak_bytes for limit in (None, 1)]
+    if peaks[0] == peaks[1]:
+        pytest.fail("the refresh is not the highest moment")
+    model = galore_fx.compile(make(), peaks[1], **wanted)
+    for _ in range(2):
+        backward(model, ids)
+        model.galore_fx.optimizer.step()
+    assert model.galore_fx.plan.recipe["refresh_limit"] == 1
+    assert model.galore_fx.stats()["num_refreshes"] == 2 * 7, "one block of four in each update"
 
 
 def test_a_first_batch_that_does_not_fit_is_refused_before_it_runs():
