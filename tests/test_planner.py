@@ -93,9 +93,8 @@ def test_three_blocks_stand_for_five_and_policies_are_sums(update):
     assert slow["recompute"] > 0 and "recompute" not in fast and fast["backward"] == slow["backward"]
 
 
-@pytest.mark.parametrize("settings", [{"basis": "svd"}, {"update": "in-backward"}], ids=["svd", "in-backward"])
-def test_fewer_refreshes_at_once_are_predicted_and_counted_alike(settings):
-    wanted = {"optimizer": adamw(), "rank": 48, "refresh_gap": 20, "stagger": False, **settings}
+def test_fewer_refreshes_at_once_are_predicted_and_counted_alike():
+    wanted = {"optimizer": adamw(), "rank": 48, "refresh_gap": 20, "stagger": False, "basis": "svd"}
     sample = {name: ids[:1, :16] for name, ids in SAMPLE.items()}  # the refresh is the highest moment
     peaks = []
     for limit in (None, 2):
@@ -104,7 +103,7 @@ def test_fewer_refreshes_at_once_are_predicted_and_counted_alike(settings):
         # A factorisation's workspace may depend on the values.
         assert counted_peak(model, sample) == pytest.approx(plan.peak_bytes, rel=2e-3)
         peaks.append(plan.peak_bytes)
-    assert (peaks[1] < 0.97 * peaks[0]) == (settings == {"basis": "svd"}), "in the backward it is one block's anyway"
+    assert peaks[1] < 0.97 * peaks[0]
 
 
 def test_refreshes_are_spread_before_the_rank_is_lowered():

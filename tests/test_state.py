@@ -24,8 +24,7 @@ def _train(model, scheduler, ids):
         scheduler.step()
 
 
-@pytest.mark.parametrize("recipe", ["galore", "auto"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("recipe", "dtype"), [("galore", torch.bfloat16), ("auto", torch.float32)])
 def test_resume_in_the_middle_of_a_refresh_interval_is_bit_identical(recipe, dtype):
     def make():
         model = galore_fx.compile(
