@@ -155,7 +155,9 @@ def test_presets_take_what_the_models_of_transformers_take(size, config, tmp_pat
         galore_fx.plan(plan_tool._without_memory(make, "float32"), sample=sample, rank=8).phases
         for make in (lambda: preset_models.build(size), make_theirs)
     )
-    assert all(ours[phase] == pytest.approx(theirs[phase], rel=0.02) for phase in ours if phase != "eval")
+    # In a steady forward the classifiers of transformers hold one hidden state more.
+    assert all(ours[phase] == pytest.approx(theirs[phase], rel=0.03) for phase in ours if phase != "eval")
+    assert max(ours.values()) == pytest.approx(max(theirs.values()), rel=0.01)
 
 
 def test_a_preset_is_planned_without_the_code_of_transformers(tmp_path):

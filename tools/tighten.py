@@ -3,7 +3,7 @@
     python tools/tighten.py            goes on where a stopped run was
     python tools/tighten.py --again    from the beginning
 
-Two curves: everything but the rank given away (equal results are wanted), and all that the planner may choose. At
+Two curves: all but rank and states given away (equal results are wanted), and all that the planner may choose. At
 each budget the model is compiled, trained for a few steps from the same weights on the same batches, its peak counted
 and its steady step timed; the times are of a shared machine, minimum of several.
 """
@@ -30,7 +30,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "budget_curve.md"
 ROWS = bench.RESULTS / "budget_curve.jsonl"
 LOWEST, STEP = 0.2, 0.1
 NUM_STEPS, NUM_TIMED = 6, 8
-CURVES: dict[str, dict[str, Any]] = {"rank 0.25": {"rank": 0.25}, "all open": {}}
+CURVES: dict[str, dict[str, Any]] = {"rank 0.25": {"rank": 0.25, "state_bits": 32}, "all open": {}}
 
 
 def make() -> nn.Module:
@@ -96,6 +96,7 @@ def _run(settings: dict[str, Any], budget: int) -> dict[str, Any]:
         "losses": losses,
         "recipe": plan.recipe["name"],
         "rank": plan.recipe["rank"],
+        "state_bits": plan.recipe["state_bits"],
         "update": plan.recipe["update"],
         "activation_policy": list(plan.activation_policy),
     }
@@ -109,7 +110,7 @@ def _step(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 
 
 def _write(rows: list[dict[str, Any]]) -> None:
-    headers = ("budget", "counted peak", "weights at", "update", "blocks keep", "step s", "by the roofline", "losses")
+    headers = ("budget", "counted peak", "quality", "update", "blocks keep", "step s", "by the roofline", "losses")
     parts = []
     for curve in CURVES:
         found = [row for row in rows if row["curve"] == curve]
@@ -123,7 +124,8 @@ def _write(rows: list[dict[str, Any]]) -> None:
 
 
 def _quality(row: dict[str, Any]) -> str:
-    return "full rank" if row["recipe"] == "full" else f"rank {row['rank']:g}"
+    rank = "full rank" if row["recipe"] == "full" else f"rank {row['rank']:g}"
+    return f"{rank}, 8-bit states" if row["state_bits"] == 8 else rank
 
 
 def _cells(row: dict[str, Any], loose: dict[str, Any], references: dict[str, list[float]]) -> tuple[str, ...]:
