@@ -81,7 +81,7 @@ def test_the_first_batch_decides_how_many_blocks_refresh_at_once():
 
 def test_a_first_batch_that_does_not_fit_is_refused_before_it_runs():
     model = small()
-    galore_fx.compile(model, "2MB", optimizer=adamw(), rank=8, update="deferred")
+    galore_fx.compile(model, "2MB", optimizer=adamw(), rank=8, update="deferred", state_bits=32, activation_budget=1.0)
     with pytest.raises(galore_fx.BudgetError, match="would fit: a budget of .*; batch . instead of 8"):
         model(input_ids=IDS, labels=IDS)
     assert all(p.grad is None for p in model.parameters())

@@ -135,7 +135,9 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
     model = small(1)
     before = [vars(m).copy() for m in model.modules()]
     with pytest.raises(galore_fx.BudgetError, match="smallest plan needs .*weights .*would fit: a budget of"):
-        galore_fx.compile(model, "700KB", sample=SAMPLE, optimizer=adamw(), rank=8)
+        galore_fx.compile(
+            model, "700KB", sample=SAMPLE, optimizer=adamw(), rank=8, state_bits=32, activation_budget=1.0
+        )
     assert [vars(m) for m in model.modules()] == before
 
 
