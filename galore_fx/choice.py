@@ -1,9 +1,9 @@
 """Chooses what the recipe leaves open, so that the predicted peak of a step fits a budget.
 
-Settings stand in levels of falling quality: full rank, 8-bit states, then lower and lower rank. Within a level results
-are equal: the update may wait for ``step()`` or happen in the backward, and the activation policy is chosen by an exact
-solver, the fastest for which every moment of the step fits. The fastest plan of the first level with one that fits is
-taken. Where a level has none, its refreshes are spread over more updates, before the next is tried.
+Settings stand in levels of falling quality: full rank, then lower and lower rank. Within a level results are equal: the
+update may wait for ``step()`` or happen in the backward, and the activation policy is chosen by an exact solver, the
+fastest for which every moment of the step fits. The fastest plan of the first level with one that fits is taken. Where
+a level has none, its refreshes are spread over more updates, before the rank is lowered.
 """
 
 import dataclasses
@@ -130,18 +130,13 @@ def _levels(wanted: Decisions, request: Request) -> list[list[Candidate]]:
     recipe, given = wanted.recipe, request.overrides
     is_named = isinstance(request.recipe, str)
     wants_projection = any(part in given for part in _OF_PROJECTION)
-    first = rest = Candidate(request, ())
-    levels = [first]
-    if is_named and recipe.name == "auto":
-        rank_is_open = "rank" not in given
-        if rank_is_open:
-            full = Candidate(dataclasses.replace(request, recipe="full"), ())
-            levels = [_of_rank(first, RANKS[0]) if wants_projection else full]
-        if "state_bits" not in given:
-            rest = _with_8_bit_states(rest)
-            levels.append(_with_8_bit_states(levels[0]))
-        if rank_is_open:
-            levels += [_of_rank(rest, rank) for rank in RANKS[wants_projection:]]
+    levels = [Candidate(request, ())]
+    if is_named and recipe.name == "auto" and "rank" not in given:
+        levels = [] if wants_projection else [Candidate(dataclasses.replace(request, recipe="full"), ())]
+        levels += [
+            Candidate(_with(request, rank=rank), (f"weights train in subspaces of {rank:g} of their shorter side",))
+            for rank in RANKS
+        ]
     update_is_open = (
         is_named
         and "update" not in given
@@ -150,15 +145,6 @@ def _levels(wanted: Decisions, request: Request) -> list[list[Candidate]]:
         and recipe.max_grad_norm is None
     )
     return [[level, _in_backward(level)] if update_is_open else [level] for level in levels]
-
-
-def _of_rank(candidate: Candidate, rank: float) -> Candidate:
-    words = (*candidate.words, f"weights train in subspaces of {rank:g} of their shorter side")
-    return Candidate(_with(candidate.request, rank=rank), words)
-
-
-def _with_8_bit_states(candidate: Candidate) -> Candidate:
-    return Candidate(_with(candidate.request, state_bits=8), (*candidate.words, "the optimizer's states in 8 bits"))
 
 
 def _in_backward(candidate: Candidate) -> Candidate:

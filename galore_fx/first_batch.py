@@ -67,9 +67,9 @@ def plan_for_first_batch(
 
     def plan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Check, PeakWatch | None]:
         sample = TrainingCall(args, kwargs)
-        settled: dict[str, Any] = {"update": decisions.recipe.update, "state_bits": decisions.recipe.state_bits}
+        settled = {"update": decisions.recipe.update}
         if decisions.recipe.projects:
-            settled["rank"] = decisions.recipe.rank
+            settled["rank"] = decisions.recipe.rank  # type: ignore[assignment]
         recipe = decisions.recipe if not isinstance(request.recipe, str) else request.recipe
         overrides = {**request.overrides, **settled} if isinstance(recipe, str) else {}
         asked = dataclasses.replace(

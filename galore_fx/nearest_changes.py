@@ -57,6 +57,6 @@ def _settled(request: Request, recipe: dict[str, object]) -> Request:
     """The request with what a plan has settled: it must decide nothing anew."""
     if not isinstance(request.recipe, str):
         return request
-    open_parts = ("update", "state_bits", *(("rank", "refresh_limit") if recipe["projects"] else ()))
+    open_parts = ("update", "rank", "refresh_limit") if recipe["projects"] else ("update",)
     settled = {**request.overrides, **{part: recipe[part] for part in open_parts}}
     return dataclasses.replace(request, recipe=str(recipe["name"]), overrides=settled)

@@ -36,7 +36,7 @@ class PolicySearch:
 
     def best(self) -> Plan:
         """The fastest policy that fits, else the one of the lowest peak."""
-        if sum(self._plan.kept.values()) > (self._plan.budget_bytes or 0):  # only how far is left to say
+        if self._keeps_too_much:  # only how far is left to say
             return self._predicted(self._training.model(ACTIVATION_BUDGETS[-1:]), (0,) * len(self._plan.regions))
         kept = self.as_given()
         if kept.within_budget:
@@ -58,6 +58,8 @@ class PolicySearch:
         """
         assert self._plan.budget_bytes is not None
         limits = _refresh_limits(len(self._plan.regions), self._plan.recipe["refresh_gap"])
+        if self._keeps_too_much:
+            shares, limits = shares[-1:], limits[-1:]
         for limit in limits:
             model = self._training.model(shares, limit)
             problem = model.problem()
@@ -65,6 +67,11 @@ class PolicySearch:
             if choice is not None or limit == limits[-1]:
                 return self._predicted(model, least_peak(problem) if choice is None else choice, limit)
         return None
+
+    @property
+    def _keeps_too_much(self) -> bool:
+        """Whether what lives through the whole step exceeds the budget already."""
+        return sum(self._plan.kept.values()) > (self._plan.budget_bytes or 0)
 
     def _predicted(self, model: StepModel, choice: Choice, refresh_limit: int | None = None) -> Plan:
         prediction = model.prediction(choice, self._training.uncaptured)

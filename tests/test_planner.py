@@ -64,21 +64,13 @@ def candidates(**settings):
 
 def test_full_rank_is_tried_first_and_rank_is_given_up_last():
     found = candidates()
-    assert found[:3] == [("full", {}), ("full", {"update": "in-backward"}), ("full", {"state_bits": 8})]
-    assert found[4] == ("auto", {"state_bits": 8, "rank": 0.25}) and len(found) == 10
-    assert found[-1] == ("auto", {"state_bits": 8, "rank": 0.0625, "update": "in-backward"})
+    assert found[:3] == [("full", {}), ("full", {"update": "in-backward"}), ("auto", {"rank": 0.25})]
+    assert found[-1] == ("auto", {"rank": 0.0625, "update": "in-backward"}) and len(found) == 8
 
 
 def test_only_what_is_open_is_given_up():
-    as_asked = [
-        ("auto", {"rank": 8, "state_bits": 32}),
-        ("auto", {"rank": 8, "state_bits": 32, "update": "in-backward"}),
-    ]
-    assert candidates(rank=8, state_bits=32) == as_asked
-    assert [each[1].get("state_bits") for each in candidates(rank=8)] == [None, None, 8, 8]
-    assert len(candidates(rank=8, max_grad_norm=1.0)) == 2, "clipping forbids the update in the backward"
-    ranks = [each[1].get("rank") for each in candidates(max_grad_norm=1.0, refresh_gap=9)]
-    assert ranks == [0.25, 0.25, 0.125, 0.0625], "the first as asked, the second with 8-bit states"
+    assert candidates(rank=8) == [("auto", {"rank": 8}), ("auto", {"rank": 8, "update": "in-backward"})]
+    assert len(candidates(rank=8, max_grad_norm=1.0)) == 1, "clipping forbids the update in the backward"
     assert candidates(refresh_gap=9)[0] == ("auto", {"refresh_gap": 9, "rank": 0.25}), "projection is wanted"
     assert candidates(recipe="galore")[0] == ("galore", {})
     assert len(candidates(recipe=Recipe("auto", rank=4))) == 1, "a Recipe is meant as it is"
@@ -135,9 +127,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
     model = small(1)
     before = [vars(m).copy() for m in model.modules()]
     with pytest.raises(galore_fx.BudgetError, match="smallest plan needs .*weights .*would fit: a budget of"):
-        galore_fx.compile(
-            model, "700KB", sample=SAMPLE, optimizer=adamw(), rank=8, state_bits=32, activation_budget=1.0
-        )
+        galore_fx.compile(model, "700KB", sample=SAMPLE, optimizer=adamw(), rank=8, activation_budget=1.0)
     assert [vars(m) for m in model.modules()] == before
 
 

@@ -125,7 +125,7 @@ def _write(rows: list[dict[str, Any]]) -> None:
 
 def _quality(row: dict[str, Any]) -> str:
     rank = "full rank" if row["recipe"] == "full" else f"rank {row['rank']:g}"
-    return f"{rank}, 8-bit states" if row["state_bits"] == 8 else rank
+    return f"{rank}, 8-bit states" if row.get("state_bits") == 8 else rank
 
 
 def _cells(row: dict[str, Any], loose: dict[str, Any], references: dict[str, list[float]]) -> tuple[str, ...]:
