@@ -58,8 +58,9 @@ class PolicySearch:
         """
         assert self._plan.budget_bytes is not None
         limits = _refresh_limits(len(self._plan.regions), self._plan.recipe["refresh_gap"])
-        if self._keeps_too_much:
-            shares, limits = shares[-1:], limits[-1:]
+        if self._keeps_too_much and limits:  # only how far is left to say
+            model = self._training.model(shares[-1:], limits[-1])
+            return self._predicted(model, (0,) * len(self._plan.regions), limits[-1])
         for limit in limits:
             model = self._training.model(shares, limit)
             problem = model.problem()

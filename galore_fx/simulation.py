@@ -54,8 +54,8 @@ class StepSimulator:
         keep_logits: as of ``compile``.
         micro_batches: how many of these batches a step accumulates.
         device: "cpu": what library kernels allocate inside themselves is measured here, as are the rates that the
-            times follow from; "cuda": attention in the blocks is CUDA's, with its workspace; of other kernels none is
-            known; the rates are those of an RTX 4090. The graphs are lowered as for the CPU in either case.
+            times follow from; "cuda": graphs are scheduled as Inductor does for Triton, attention in the blocks is
+            CUDA's, with its workspace; of other library kernels none is known; the rates are those of an RTX 4090.
     """
 
     def __init__(self, model: nn.Module, sample: object, *, keep_logits: bool, micro_batches: int, device: str) -> None:
@@ -105,7 +105,8 @@ class StepSimulator:
         """The surroundings of a simulated step."""
         before, self._counter = self._counter, counter
         try:
-            with self._mode, lowering_only(self._note_kernel), as_if_real(), warnings.catch_warnings():
+            lowering = lowering_only(self._note_kernel, for_cuda=self._is_cuda)
+            with self._mode, lowering, as_if_real(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
         except NotAdditive:

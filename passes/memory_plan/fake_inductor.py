@@ -21,15 +21,19 @@ from torch._inductor import config as inductor_config
 from torch._inductor import cpu_vec_isa
 from torch._inductor.graph import GraphLowering
 
+from galore_fx.passes.memory_plan.triton_schedule import KERNEL, scheduled_for_triton
+
 
 @contextlib.contextmanager
-def lowering_only(on_kernel: Callable[[Sequence[Any]], None]) -> Iterator[None]:
+def lowering_only(on_kernel: Callable[[Sequence[Any]], None], *, for_cuda: bool) -> Iterator[None]:
     """Within it, what Inductor compiles runs on fake tensors and can run on no others.
 
     Args:
         on_kernel: called with the arguments of each kernel that would have run.
+        for_cuda: fused and scheduled as for an NVIDIA GPU.
     """
     with (
+        scheduled_for_triton() if for_cuda else contextlib.nullcontext(),
         mock.patch.object(GraphLowering, "compile_to_module", functools.partialmethod(_load_on_fakes, on_kernel)),
         # The kernels are never built; asking which vector instructions there are would run the C++ compiler.
         mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", list),
@@ -50,8 +54,8 @@ def _load_on_fakes(graph: GraphLowering, on_kernel: Callable[[Sequence[Any]], No
     source = code.value.replace("from torch._inductor.async_compile import AsyncCompile", "")
     module = types.ModuleType("galore_fx_wrapper_on_fakes")
     module.__file__ = "<wrapper>"
-    scope = vars(module)
-    scope.update(graph.constants, AsyncCompile=lambda: _NoKernels(on_kernel), **graph.torchbind_constants)
+    scope, kernels = vars(module), _NoKernels(on_kernel)
+    scope.update(graph.constants, AsyncCompile=lambda: kernels, **{KERNEL: kernels.run}, **graph.torchbind_constants)
     exec(compile(source, module.__file__, "exec"), scope)
     scope.update(
         empty_strided_cpu=_empty_on("cpu"),
@@ -73,9 +77,10 @@ class _NoKernels:
         return None
 
     def __getattr__(self, _language: str) -> Callable[..., Any]:
-        return lambda *_source, **_settings: self._run
+        return lambda *_source, **_settings: self.run
 
-    def _run(self, *arguments: Any, **_settings: Any) -> None:
+    def run(self, *arguments: Any, **_settings: Any) -> None:
+        """One call of a kernel."""
         self._on_kernel(arguments)
 
 
