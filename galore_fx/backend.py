@@ -22,6 +22,7 @@ from galore_fx.handle import Compiled
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, copy_graph
+from galore_fx.quantization import quantize_weights
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import (
     WeakTensorKeyDictionary,
@@ -125,7 +126,7 @@ def optimizer(
     settings = _one_graph_settings(known.options or {})
     budget, recipe = settings.pop("budget", None), settings.pop("recipe", "auto")
     decisions = decide(inner, Request(budget, recipe=recipe, optimizer=optimizer, overrides=settings))
-    made = build_optimizer(inner, decisions, optimizer)
+    made = build_optimizer(inner, quantize_weights(inner, decisions), optimizer)
     inner.galore_fx = Compiled(made.optimizer, made.plan, known.compiler, made.updates, None)
     # torch's wrapper is a module of its own, with a zero_grad of its own.
     vars(model)["zero_grad"] = inner.zero_grad

@@ -20,6 +20,7 @@ from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.planned_batch import PlannedBatch
+from galore_fx.quantization import quantize_weights
 from galore_fx.recipe import Recipe
 from galore_fx.request import Request
 
@@ -114,6 +115,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     check_budget(made)
     if enforce:
         enforce_budget(model, made.budget_bytes)
+    decisions = quantize_weights(model, decisions)
     built = build_optimizer(model, decisions, optimizer)
     compiler = RegionCompiler()
     head = None if keep_logits or made.keep_logits else HeadCompiler()

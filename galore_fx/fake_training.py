@@ -19,8 +19,10 @@ from galore_fx.passes.memory_plan.storage_counter import StorageCounter
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.plan_record import Prediction
+from galore_fx.quantization import quantize_weights
 from galore_fx.runtime.compatibility import num_captured_graphs, tree_leaves
 from galore_fx.runtime.dispatch import TrainingForward
+from galore_fx.runtime.quantized_tensor import stored_tensors
 
 if TYPE_CHECKING:
     from galore_fx.simulation import StepSimulator
@@ -63,6 +65,8 @@ class FakeTraining:
         self._members, self._names = played_blocks.members, played_blocks.names
         self._update_scale = num_elements / sum(p.numel() for p in fake.parameters())
         self._args, self._kwargs = simulator.batch()
+        with simulator.playing(counter):
+            decisions = quantize_weights(fake, decisions)
         self._optimizer = build_optimizer(
             fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer
         ).optimizer
@@ -202,7 +206,8 @@ class FakeTraining:
         found: dict[str, int] = {}
 
         def count(category: str, times: int, tensors: Iterable[Any]) -> None:
-            storages = {id(t.untyped_storage()): t.untyped_storage() for t in tensors if isinstance(t, Tensor)}
+            held = [part for t in tensors if isinstance(t, Tensor) for part in stored_tensors(t)]
+            storages = {id(t.untyped_storage()): t.untyped_storage() for t in held}
             sizes = [storage.nbytes() for key, storage in storages.items() if key not in seen]
             seen.update(storages)
             padding = sum(-size % self._simulator.granularity for size in sizes)

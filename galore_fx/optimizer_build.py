@@ -11,9 +11,10 @@ from galore_fx.passes.memory_plan.plan_parameters import check_budget
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe
-from galore_fx.runtime.dispatch import ClearingZeroGrad
+from galore_fx.runtime.dispatch import ClearingZeroGrad, PlainSave
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
+from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.refresh_schedule import SUBSPACE_ITERATION_WARM_UP, FixedSchedule
 from galore_fx.runtime.subspace import ProjectedDim, random_basis
 
@@ -41,6 +42,8 @@ def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoi
     if decisions.optimizer is given:
         retire(decisions.optimizer)
     model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
+    if hasattr(model, PlainSave.method) and any(isinstance(p, QuantizedTensor) for p in model.parameters()):
+        model.save_pretrained = PlainSave(model)  # type: ignore[assignment]
     return BuiltOptimizer(optimizer, decisions.updates, decisions.plan)
 
 
@@ -59,7 +62,9 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
             continue
         weight, dim = weights[entry.name], ProjectedDim(entry.dim)
         shape = dim.basis_shape((entry.shape[0], entry.shape[1]), entry.rank)
-        basis = random_basis(shape, generator).to(weight)
+        basis = random_basis(shape, generator).to(weight.device, weight.dtype)
+        if decisions.recipe.basis_bits is not None:
+            basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
         record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
         REGISTRY.add(record)
         records.append(record)
@@ -84,4 +89,5 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         scale=recipe.scale,
         in_backward=recipe.update == "in-backward",
         max_grad_norm=recipe.max_grad_norm,
+        rounding_seed=_SEED if recipe.rounding == "stochastic" else None,
     )

@@ -30,6 +30,7 @@ class ParameterPlan:
         bytes: bytes by category (``CATEGORIES``).
         reason: what it is in the model, which is why it is projected or not.
         shared_with: its other names, where several modules use it.
+        weight_bits: of a stored code, None where it is stored in its own dtype.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ParameterPlan:
     bytes: dict[str, int]
     reason: str = ""
     shared_with: tuple[str, ...] = ()
+    weight_bits: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

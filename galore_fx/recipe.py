@@ -8,6 +8,9 @@ refresh       fixed
 refresh_gap   updates between two refreshes of the same basis
 stagger       spread the refreshes of the layers over the gap
 refresh_limit blocks whose bases may be renewed in the same update; None: all that are due
+weight_bits   8: projected weights in groups of 256 with a scale and a zero point; None: as the model has them
+rounding      stochastic | nearest: of weights in 8 bits
+basis_bits    4: two in a byte, in groups of 256; 8; None: as the weight
 state_bits    8: the optimizer's states in blocks of 256; 32: float32; None: as the weight
 scale         GaLore's alpha: a fractional learning rate of what is projected
 update        deferred | in-backward
@@ -25,6 +28,7 @@ Project = Literal["shorter", "input", "output"]
 Basis = Literal["svd", "subspace-iteration"]
 Refresh = Literal["fixed"]
 Update = Literal["deferred", "in-backward"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Recipe:
         refresh_limit: blocks whose bases may be renewed in the same update, None for all that are due; the others wait
             their turn. What a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
             alive for so many blocks only.
+        weight_bits: 8 to store projected weights as codes (Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.4);
+            they are dequantised for each product. A weight whose elements make no whole groups of 256 stays as it is.
+        rounding: how an updated weight gets back into 8 bits. To the nearest, steps that are small beside the grid are
+            lost; stochastically, they are kept on average.
+        basis_bits: 4 (Q-GaLore) or 8 to store the bases as codes; a quantised basis is orthonormal to a few percent.
         state_bits: 8 for block-wise quantised states (Dettmers et al. 2022, arXiv:2110.02861; tensors of fewer than
             4096 elements stay in float32), 32 for float32, None for the weight's dtype.
         scale: factor of the back-projected update (GaLore's alpha).
@@ -62,6 +71,9 @@ class Recipe:
     refresh_gap: int = 50
     stagger: bool = True
     refresh_limit: int | None = None
+    weight_bits: int | None = None
+    rounding: Rounding = "stochastic"
+    basis_bits: int | None = None
     state_bits: int | None = None
     scale: float = 0.25
     update: Update = "deferred"
@@ -87,8 +99,6 @@ NOT_BUILT_YET = ("galore+", "q-galore", "gradnormlorp", "galore2", "lotus", "vlo
 PARTS_NOT_BUILT_YET = (
     "cross_head",
     "granularity",
-    "basis_bits",
-    "weight_bits",
     "moments_on_refresh",
     "residual",
     "weight_norm",
@@ -130,7 +140,8 @@ def _check(recipe: Recipe) -> None:
         raise SettingError(
             f"rank={rank!r}: as a fraction of the shorter side it must lie in (0, 1]; give an int for more"
         )
-    for part, values in (("project", Project), ("basis", Basis), ("refresh", Refresh), ("update", Update)):
+    texts = (("project", Project), ("basis", Basis), ("refresh", Refresh), ("update", Update), ("rounding", Rounding))
+    for part, values in texts:
         if getattr(recipe, part) not in get_args(values):
             raise SettingError(f"{part}={getattr(recipe, part)!r} is not one of {', '.join(get_args(values))}")
     gap = recipe.refresh_gap
@@ -138,8 +149,16 @@ def _check(recipe: Recipe) -> None:
         raise SettingError(f"refresh_gap={gap!r} must be an int of at least 1")
     if not isinstance(recipe.stagger, bool):
         raise SettingError(f"stagger={recipe.stagger!r} must be True or False")
-    if recipe.state_bits not in (None, 8, 32) or isinstance(recipe.state_bits, bool):
-        raise SettingError(f"state_bits={recipe.state_bits!r} must be 8, 32, or None for the weight's own dtype")
+    for part, allowed in (("weight_bits", (8,)), ("basis_bits", (4, 8)), ("state_bits", (8, 32))):
+        bits = getattr(recipe, part)
+        if bits is not None and (bits not in allowed or isinstance(bits, bool)):
+            told = ", ".join(map(str, allowed))
+            raise SettingError(f"{part}={bits!r} must be {told}, or None for the weight's own dtype")
+    for part in ("weight_bits", "basis_bits"):
+        if getattr(recipe, part) is not None and not recipe.projects:
+            raise SettingError(
+                f"{part}={getattr(recipe, part)} is for projected weights, and recipe {recipe.name!r} projects none"
+            )
     limit = recipe.refresh_limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SettingError(f"refresh_limit={limit!r} must be an int of at least 1, or None for all that are due")

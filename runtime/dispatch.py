@@ -22,6 +22,7 @@ from torch import nn
 from galore_fx.errors import CaptureError
 from galore_fx.runtime.compatibility import DynamoError, in_backward, refuse_unsupported_modes
 from galore_fx.runtime.eager_form import run_eager
+from galore_fx.runtime.quantized_tensor import plain_tensors
 
 _NUMBERS = itertools.count()
 
@@ -251,6 +252,19 @@ class ClearingZeroGrad(_StandIn):
         """As ``nn.Module.zero_grad``."""
         plain_method(self.module, self.method)(set_to_none)
         self._zero_grad(set_to_none)
+
+
+class PlainSave(_StandIn):
+    """The model's ``save_pretrained`` (transformers): writes ordinary weights where it holds quantised ones."""
+
+    method = "save_pretrained"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' ``save_pretrained``; the state given, or else the model's, is made ordinary first."""
+        given = self.__signature__.bind(*args, **kwargs)
+        state = given.arguments.get("state_dict") or self.module.state_dict()
+        given.arguments["state_dict"] = plain_tensors(state)
+        return plain_method(self.module, self.method)(*given.args, **given.kwargs)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from galore_fx.runtime.compatibility import memory_events, quiet_profiler
+from galore_fx.runtime.quantized_tensor import stored_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,5 +65,6 @@ def memory_timeline(work: Callable[[], object]) -> list[tuple[float, int]]:
 
 def tensor_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the storages behind some tensors, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    held = [part for tensor in tensors for part in stored_tensors(tensor)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     return sum(storages.values())

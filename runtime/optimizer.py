@@ -25,6 +25,8 @@ from galore_fx.errors import UsageError
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.optimizer_state import SCALES, STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
 from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
 from galore_fx.runtime.update_protocol import Updates
@@ -56,6 +58,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         scale: factor of back-projected updates.
         in_backward: update inside the backward.
         max_grad_norm: clip before each update, None for not.
+        rounding_seed: of the stochastic rounding of weights in 8 bits, None to round them to the nearest.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         scale: float,
         in_backward: bool,
         max_grad_norm: float | None,
+        rounding_seed: int | None,
     ) -> None:
         super().__init__([{**group} for group in param_groups], defaults)
         self.param_groups = param_groups
@@ -85,6 +89,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
         self._queue = RefreshQueue(self._layers, schedule, refresh_limit)
         self._exact = exact
+        self._rounding_seed = rounding_seed
         self._scale = scale
         self._sketches: dict[int, Tensor] = {}
         self._updated: set[int] = set()
@@ -92,6 +97,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._settings: dict[int, Any] = {}
         self._watch = GradientWatch()
         self._named: set[str] = set()
+        self._numbers = self._positions()
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
@@ -348,9 +354,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         started = state.get("started")
         first = started is not None and float(started) == 0.0
         with self.observe("update", grad):
-            self._updates.update(parameter, grad, state, group, settings, record, self._scale, first=first)
+            self._updates.update(
+                parameter,
+                grad,
+                state,
+                group,
+                settings,
+                record,
+                self._scale,
+                first=first,
+                rounding_key=self._rounding_key(parameter),
+            )
         if started is not None:
             started.fill_(1.0)
+
+    def _rounding_key(self, parameter: nn.Parameter) -> int | None:
+        """Another one for each parameter and update, and the same in a run that is resumed."""
+        if self._rounding_seed is None or not isinstance(parameter, QuantizedTensor):
+            return None
+        return key_of(self._rounding_seed, self.counters.num_updates, self._numbers[id(parameter)])
 
     def _settings_of(self, group: dict[str, Any]) -> Any:
         """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""

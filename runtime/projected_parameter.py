@@ -70,7 +70,7 @@ class ProjectedParameter:
 
     def graph_key(self, form: GradientForm) -> tuple[object, ...]:
         """What a graph compiled for this form depends on, besides the weight itself."""
-        return (self.dim, self.rank, form, self.basis.dtype)
+        return (self.dim, self.rank, form, self.basis.dtype, getattr(self.basis, "bits", None))
 
     def graph_inputs(self, form: GradientForm) -> tuple[Tensor, ...]:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""

@@ -40,4 +40,5 @@ class Updates(Protocol):
         scale: float,
         *,
         first: bool,
+        rounding_key: int | None,
     ) -> None: ...

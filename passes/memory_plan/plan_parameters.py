@@ -14,6 +14,7 @@ from galore_fx.passes.model_graph.find_regions import LinearWeight, Region
 from galore_fx.passes.model_graph.parameter_roles import ParameterRole
 from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
+from galore_fx.runtime.group_quantizer import GROUP, stored_bytes
 from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.subspace import ProjectedDim
 from galore_fx.units import format_bytes
@@ -70,16 +71,23 @@ def plan_parameters(
         shape = (parameter.shape[0], parameter.shape[1])
         dim, rank = projected_dim(linear, recipe), recipe.rank_in_force(shape)
         low = math.prod(dim.projected_shape(shape, rank))
+        weight_bits = recipe.weight_bits if parameter.numel() % GROUP == 0 else None
+        basis_elements = math.prod(dim.basis_shape(shape, rank))
         sizes = {
-            "weights": weight_bytes,
-            "bases": math.prod(dim.basis_shape(shape, rank)) * element,
+            "weights": _stored_bytes(parameter.numel(), weight_bits, element),
+            "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
             "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes,
             "gradients": low * element,
         }
-        entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, role.description, role.shared_with))
+        about = (role.description, role.shared_with, weight_bits)
+        entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, *about))
     names = tuple(region.name for region in regions)
     policy = (recipe.activation_budget,) * len(regions)
     return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries), fixed_bytes, policy)
+
+
+def _stored_bytes(num_elements: int, bits: int | None, element: int) -> int:
+    return num_elements * element if bits is None else stored_bytes(num_elements, bits)
 
 
 def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:

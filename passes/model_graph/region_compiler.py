@@ -8,6 +8,7 @@ gradients are wanted now, and so which variant runs. Layers with equal graphs sh
 do models in one process.
 """
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Sequence
@@ -17,12 +18,14 @@ import torch
 from torch import fx
 
 from galore_fx.errors import CaptureError
+from galore_fx.passes.model_graph.dequantize_inputs import StoredInput, dequantize_inputs
 from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
 from galore_fx.runtime.compatibility import FakeTensorMode, compile_graph, current_tracing_context, tracing
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
+from galore_fx.runtime.quantized_tensor import QuantizedTensor, gradient_leaf
 
 Regions = dict[tuple[object, ...], "CapturedRegion"]
 FinishGraph = Callable[[fx.GraphModule, Sequence[object], float], Callable[..., Any]]
@@ -119,8 +122,7 @@ class RegionCompiler:
             records = region.records(inputs)
             used.add(region.key(records))
             weights.update(record.name for record in records if record)
-            extra = (value for record in records if record for value in record.graph_inputs(record.form))
-            return region.variant_for(records)(*inputs, *extra)
+            return region.variant_for(records)(*region.graph_inputs(inputs, records))
 
         return call
 
@@ -153,6 +155,23 @@ class CapturedRegion:
     def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
         """The record of each parameter among the inputs, None for one that is not projected."""
         return [REGISTRY.get(inputs[i]) for i in self._parameters]
+
+    def graph_inputs(self, inputs: Sequence[object], records: list[ProjectedParameter | None]) -> list[object]:
+        """What the variant takes for the inputs that Dynamo gives."""
+        extra = (value for record in records if record for value in record.graph_inputs(record.form))
+        values = [*inputs, *extra]
+        wants_gradient = self._wants_gradient(records, [record.form if record else None for record in records])
+        return _in_parts(values, _stored_inputs(values, wants_gradient))
+
+    def _wants_gradient(
+        self, records: list[ProjectedParameter | None], forms: Sequence[GradientForm | None]
+    ) -> set[int]:
+        """Inputs whose full gradient is wanted, if they have one."""
+        return {
+            index
+            for index, record, form in zip(self._parameters, records, forms, strict=True)
+            if record is None or form is GradientForm.FULL
+        }
 
     def key(self, records: list[ProjectedParameter | None]) -> tuple[object, ...]:
         """What tells the variants apart."""
@@ -205,13 +224,16 @@ class CapturedRegion:
         fake_mode = self._context.fake_mode
         assert fake_mode is not None and fake_mode.shape_env is not None
         extra = [_fake_like(value, fake_mode) for _, record, form in wanted for value in record.graph_inputs(form)]
+        values = [*self._fakes, *extra]
+        stored = _stored_inputs(values, self._wants_gradient(records, forms), fake_mode)
         passes: list[GraphPass] = [functools.partial(project_gradients, targets=targets)] if targets else []
-        inputs = [*self._fakes, *extra]
+        if stored:
+            passes.append(functools.partial(dequantize_inputs, targets=stored))
         with tracing(self._context):
-            gm, pass_records = run_passes(copy_graph(self._gm), inputs, passes)
+            gm, pass_records = run_passes(copy_graph(self._gm), values, passes)
             self.pass_records.append(pass_records)
             num_guards = len(fake_mode.shape_env.guards)
-            compiled = self._finish(gm, inputs, self._activation_budget)
+            compiled = self._finish(gm, _in_parts(values, stored), self._activation_budget)
         # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
         unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
         return gm.forward if unchecked else compiled
@@ -219,9 +241,36 @@ class CapturedRegion:
 
 def _fake_like(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     """A fake tensor with the layout of a real or fake one, its sizes fixed."""
+    if isinstance(value, QuantizedTensor):
+        return value.with_parts(lambda part: _fake_like(part, mode))
     with mode:
         like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     return like.requires_grad_(value.requires_grad)
+
+
+def _stored_inputs(
+    values: Sequence[object], wants_gradient: set[int], fake_mode: FakeTensorMode | None = None
+) -> list[StoredInput]:
+    """The quantised tensors among a graph's inputs, with fresh leaves where a gradient is wanted."""
+    found = []
+    for index, value in enumerate(values):
+        if isinstance(value, QuantizedTensor):
+            leaf = None
+            if value.requires_grad and index in wants_gradient:
+                with fake_mode or contextlib.nullcontext():
+                    leaf = gradient_leaf(value)
+                leaf = leaf if fake_mode is None else _fake_like(leaf, fake_mode)
+            found.append(StoredInput(index, value, leaf))
+    return found
+
+
+def _in_parts(values: Sequence[object], stored: Sequence[StoredInput]) -> list[object]:
+    """The inputs as ``dequantize_inputs`` wants them."""
+    flat = list(values)
+    for each in stored:
+        flat[each.placeholder] = each.tensor.codes
+        flat += each.parts[1:]
+    return flat
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
@@ -251,6 +300,9 @@ def _graph_identity(gm: fx.GraphModule) -> tuple[object, ...] | None:
         if not isinstance(value, torch.Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
             return None
         described.append(
-            (type(value), tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+            (
+                *(type(value), getattr(value, "bits", None), tuple(value.shape), value.stride()),
+                *(value.dtype, value.device, value.requires_grad),
+            )
         )
     return tuple(described)

@@ -20,6 +20,7 @@ from galore_fx.errors import OptimizerError
 from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, lower_to_subspace
 from galore_fx.passes.optimizer_graph.merge_branches import merge_branches, numbers_of
 from galore_fx.passes.optimizer_graph.quantize_states import never_negative, quantize_states
+from galore_fx.passes.optimizer_graph.round_weights import add_back_projection_rounded_
 from galore_fx.passes.optimizer_graph.trace_step import (
     STATE_PREFIX,
     GroupSettings,
@@ -32,6 +33,7 @@ from galore_fx.passes.pass_runner import Effect, PassRecord
 from galore_fx.runtime.blockwise import BLOCK
 from galore_fx.runtime.optimizer_state import SCALES, StateFormat
 from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.subspace import add_back_projection_, project
 
 # What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
@@ -185,6 +187,7 @@ class UpdateCompiler:
         scale: float,
         *,
         first: bool,
+        rounding_key: int | None = None,
     ) -> None:
         """One optimizer step of one parameter, in place.
 
@@ -197,6 +200,7 @@ class UpdateCompiler:
             record: the projection, None for full rank.
             scale: factor of the back-projected update.
             first: whether this parameter has never been updated.
+            rounding_key: of the random numbers that round a weight in 8 bits; None rounds it to the nearest.
         """
         layout = self.layout(settings, group)
         values = (*settings.floats.values(), *[float(state[name]) for name in layout.scalars])
@@ -212,7 +216,8 @@ class UpdateCompiler:
             )
             self._used.add(chosen[0])
         compiled, branch = chosen
-        compiled(branch, weight, grad, [state[name] for name in layout.initial], state, (*values, scale), record)
+        tensors = [state[name] for name in layout.initial]
+        compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key)
 
     def _choose(
         self,
@@ -294,6 +299,7 @@ class CompiledUpdate:
         state: dict[str, Tensor],
         values: tuple[float, ...],
         record: ProjectedParameter | None,
+        rounding_key: int | None,
     ) -> None:
         """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
         dtype, device = _compute_dtype(weight.dtype), weight.device
@@ -307,7 +313,9 @@ class CompiledUpdate:
             self._body(*_flat([weight, grad, *tensors]), numbers)
         else:
             update = self._body(*_flat([grad, *tensors, *in_subspace]), numbers).view(grad.shape)
-        if record is not None:
+        if record is not None and isinstance(weight, QuantizedTensor):
+            add_back_projection_rounded_(weight, update, record.basis, record.dim, factor, rounding_key)
+        elif record is not None:
             add_back_projection_(weight, update, record.basis, record.dim, factor)
         for name, value in zip(self._new_scalars, new_scalars, strict=True):
             state[name].fill_(value)
