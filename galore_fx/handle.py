@@ -54,7 +54,8 @@ class Compiled:
         Returns:
             ``projected``: names of the projected parameters; ``rank``: their ranks in force; ``num_updates``,
             ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``; ``refresh_time_s``: seconds
-            spent on new bases; ``grad_norm``: 2-norm of all gradients of the last deferred step, before clipping,
+            spent on new bases; with lazy refresh ``refresh_gap`` and ``stability``: by name, the gaps in force and the
+            last measurement; ``grad_norm``: 2-norm of all gradients of the last deferred step, before clipping,
             None before it; ``uncompiled``: names of the blocks that could not be captured, with the reason;
             ``num_region_graphs``, ``num_region_variants``, ``num_update_graphs``: what was compiled.
         """
@@ -63,7 +64,8 @@ class Compiled:
             "projected": [record.name for record in optimizer.records],
             "rank": {record.name: record.rank for record in optimizer.records},
             **vars(optimizer.counters),
-            "refresh_time_s": optimizer.refresh_time_s,
+            "refresh_time_s": optimizer.refreshes.time_s,
+            **_lazy_stats(optimizer),
             "grad_norm": optimizer.grad_norm,
             "uncompiled": self._blocks.failures if self._blocks else {},
             "num_region_graphs": self._regions.num_graphs,
@@ -77,6 +79,15 @@ class Compiled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, ()
+
+
+def _lazy_stats(optimizer: SubspaceOptimizer) -> dict[str, Any]:
+    lazy = optimizer.refreshes.queue.lazy
+    if lazy is None:
+        return {}
+    names = {id(record.weight): record.name for record in optimizer.records}
+    latest = {names[key]: values[-1] for key, values in lazy.stabilities.items()}
+    return {"refresh_gap": {name: lazy.gap_of(key) for key, name in names.items()}, "stability": latest}
 
 
 class PlainCopy:

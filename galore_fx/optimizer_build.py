@@ -15,7 +15,7 @@ from galore_fx.runtime.dispatch import ClearingZeroGrad, PlainSave
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from galore_fx.runtime.refresh_schedule import SUBSPACE_ITERATION_WARM_UP, FixedSchedule
+from galore_fx.runtime.refresh_schedule import SUBSPACE_ITERATION_WARM_UP, FixedSchedule, LazyGaps
 from galore_fx.runtime.subspace import ProjectedDim, random_basis
 
 _SEED = 0
@@ -77,6 +77,9 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
     schedule = FixedSchedule(
         recipe.refresh_gap, len(decisions.regions), recipe.stagger, 1 if exact else SUBSPACE_ITERATION_WARM_UP
     )
+    lazy = None
+    if recipe.refresh == "lazy":
+        lazy = LazyGaps(recipe.refresh_gap, recipe.lazy_threshold, recipe.lazy_queue, recipe.lazy_limit)
     return SubspaceOptimizer(
         decisions.optimizer.param_groups,
         decisions.optimizer.defaults,
@@ -84,6 +87,8 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         records=records,
         layers=layers,
         schedule=schedule,
+        lazy=lazy,
+        by_first_vector=recipe.lazy_statistic == "first-vector",
         refresh_limit=recipe.refresh_limit,
         exact=exact,
         scale=recipe.scale,

@@ -4,8 +4,12 @@ part          values
 rank          int, or fraction of the shorter side
 project       shorter (GaLore's rule) | input | output
 basis         svd | subspace-iteration
-refresh       fixed
-refresh_gap   updates between two refreshes of the same basis
+refresh       fixed | lazy: a basis whose subspace stays is renewed less and less often
+refresh_gap   updates between two refreshes of the same basis; the first such gap where they are lazy
+lazy_statistic  overlap | first-vector: what tells that a subspace stays
+lazy_threshold  from where on it does, 0 to 1
+lazy_queue    refreshes whose mean statistic decides
+lazy_limit    the largest gap, in multiples of refresh_gap
 stagger       spread the refreshes of the layers over the gap
 refresh_limit blocks whose bases may be renewed in the same update; None: all that are due
 weight_bits   8: projected weights in groups of 256 with a scale and a zero point; None: as the model has them
@@ -26,7 +30,8 @@ from galore_fx.errors import SettingError
 
 Project = Literal["shorter", "input", "output"]
 Basis = Literal["svd", "subspace-iteration"]
-Refresh = Literal["fixed"]
+Refresh = Literal["fixed", "lazy"]
+LazyStatistic = Literal["overlap", "first-vector"]
 Update = Literal["deferred", "in-backward"]
 Rounding = Literal["stochastic", "nearest"]
 
@@ -42,8 +47,14 @@ class Recipe:
         project: which dimension shrinks to the rank: the shorter side (GaLore, Zhao et al. 2024,
             arXiv:2403.03507, section 4.2), the layer's inputs, or its outputs.
         basis: exact SVD of the gradient, or one warm iteration of the subspace method.
-        refresh: when a basis is renewed.
+        refresh: when a basis is renewed: at a fixed gap, or lazily, each weight at a gap of its own that doubles while
+            its subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2).
         refresh_gap: updates between two refreshes of one basis (GaLore's T).
+        lazy_statistic: share of the new gradient's energy that the old subspace holds, beyond chance (ours); or |cos|
+            between the first vectors of two bases (Q-GaLore).
+        lazy_threshold: mean of the statistic from which on the gap doubles.
+        lazy_queue: of how many refreshes the mean is taken (Q-GaLore: 5).
+        lazy_limit: the largest gap, as a multiple of ``refresh_gap``.
         stagger: refresh the layers one after the other over the gap, instead of all in the same step.
         refresh_limit: blocks whose bases may be renewed in the same update, None for all that are due; the others wait
             their turn. What a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
@@ -69,6 +80,10 @@ class Recipe:
     basis: Basis = "subspace-iteration"
     refresh: Refresh = "fixed"
     refresh_gap: int = 50
+    lazy_statistic: LazyStatistic = "overlap"
+    lazy_threshold: float = 0.6
+    lazy_queue: int = 5
+    lazy_limit: int = 16
     stagger: bool = True
     refresh_limit: int | None = None
     weight_bits: int | None = None
@@ -91,11 +106,24 @@ RECIPES = {
     # Published defaults: Zhao et al. 2024, arXiv:2403.03507, appendix C (T = 200, alpha = 0.25, r = d/4); every
     # layer refreshes in the same update, as in the released optimizer.
     "galore": Recipe("galore", basis="svd", refresh_gap=200, stagger=False),
+    # Published defaults: Zhang et al. 2024, arXiv:2407.08296, and its scripts (gap 200, 500 for 7B; rank a quarter of
+    # the hidden size but for 130M, where it is 256 of 768; queue of 5). The overlap takes the place of the cosine, with
+    # a threshold of its own (docs/quality.md).
+    "q-galore": Recipe(
+        "q-galore",
+        basis="svd",
+        refresh="lazy",
+        refresh_gap=200,
+        stagger=False,
+        weight_bits=8,
+        basis_bits=4,
+        state_bits=8,
+    ),
     "full": Recipe("full", projects=False),
     # Provisional: frequent warm refreshes, since a stale basis loses more than an inexact one.
     "auto": Recipe("auto"),
 }
-NOT_BUILT_YET = ("galore+", "q-galore", "gradnormlorp", "galore2", "lotus", "vlorp", "fira")
+NOT_BUILT_YET = ("galore+", "gradnormlorp", "galore2", "lotus", "vlorp", "fira")
 PARTS_NOT_BUILT_YET = (
     "cross_head",
     "granularity",
@@ -140,13 +168,24 @@ def _check(recipe: Recipe) -> None:
         raise SettingError(
             f"rank={rank!r}: as a fraction of the shorter side it must lie in (0, 1]; give an int for more"
         )
-    texts = (("project", Project), ("basis", Basis), ("refresh", Refresh), ("update", Update), ("rounding", Rounding))
-    for part, values in texts:
+    texts = {
+        "project": Project,
+        "basis": Basis,
+        "refresh": Refresh,
+        "lazy_statistic": LazyStatistic,
+        "update": Update,
+        "rounding": Rounding,
+    }
+    for part, values in texts.items():
         if getattr(recipe, part) not in get_args(values):
             raise SettingError(f"{part}={getattr(recipe, part)!r} is not one of {', '.join(get_args(values))}")
-    gap = recipe.refresh_gap
-    if isinstance(gap, bool) or not isinstance(gap, int) or gap < 1:
-        raise SettingError(f"refresh_gap={gap!r} must be an int of at least 1")
+    for part in ("refresh_gap", "lazy_queue", "lazy_limit"):
+        number = getattr(recipe, part)
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise SettingError(f"{part}={number!r} must be an int of at least 1")
+    threshold = recipe.lazy_threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0.0 <= threshold <= 1.0:
+        raise SettingError(f"lazy_threshold={threshold!r} must be a number from 0 to 1")
     if not isinstance(recipe.stagger, bool):
         raise SettingError(f"stagger={recipe.stagger!r} must be True or False")
     for part, allowed in (("weight_bits", (8,)), ("basis_bits", (4, 8)), ("state_bits", (8, 32))):

@@ -4,6 +4,7 @@ Everything else in the package uses public names only.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -12,6 +13,7 @@ import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import sympy
 import torch
@@ -113,7 +115,7 @@ def dispatch_compiler(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         limits = {"recompile_limit": recompile_limit, "accumulated_recompile_limit": max(256, recompile_limit)}
-        with _dynamo_settings(**limits, ignore_logging_functions=_logged_once()):
+        with _dynamo_settings(**limits, ignore_logging_functions=_logged_once()), _loggable_settings():
             return compiled(*args, **kwargs)
 
     return call
@@ -127,6 +129,22 @@ def num_captured_graphs() -> int:
 def _logged_once() -> set[Callable[..., Any]]:
     names = ("warning_once", "info_once")
     return {getattr(logging.Logger, name) for name in names if hasattr(logging.Logger, name)}
+
+
+def _loggable_settings() -> contextlib.AbstractContextManager[Any]:
+    """torch 2.11 logs its settings after each compilation, and reports an error where there is a set of functions."""
+    if _can_log_settings():
+        return contextlib.nullcontext()
+    return mock.patch.object(torch._dynamo.utils, "_get_dynamo_config_for_logging", lambda: None)
+
+
+@functools.cache
+def _can_log_settings() -> bool:
+    try:
+        torch._dynamo.utils._get_dynamo_config_for_logging()
+    except TypeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

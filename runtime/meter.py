@@ -53,7 +53,8 @@ def memory_timeline(work: Callable[[], object]) -> list[tuple[float, int]]:
     Returns:
         (seconds since the first event, bytes live that ``work`` has allocated) at every change, from (0, 0) on.
     """
-    with quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    settings = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
+    with quiet_profiler(), profile(**settings) as profiler:  # type: ignore[arg-type]
         work()
     changes = memory_events(profiler)
     timeline, live = [(0.0, 0)], 0

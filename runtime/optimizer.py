@@ -12,8 +12,6 @@ window on. So the basis is constant inside a window and accumulated gradients ar
 """
 
 import dataclasses
-import time
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,17 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from galore_fx.errors import UsageError
+from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.optimizer_state import SCALES, STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of
-from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
-from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
+from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshQueue
 from galore_fx.runtime.update_protocol import Updates
-
-# Around each update (with the gradient it consumes) and each refresh: what a memory counter hooks into.
-Observer = Callable[[str, Tensor | None], AbstractContextManager[None]]
 
 
 def _unobserved(_what: str, _grad: Tensor | None) -> AbstractContextManager[None]:
@@ -53,6 +48,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         records: the projected parameters.
         layers: for each record, the index of its region; regions take turns in refreshing.
         schedule: when they are due.
+        lazy: the bases' own gaps, None where all have that of the schedule.
+        by_first_vector: measure stability by the first vectors of two bases and not by their overlap.
         refresh_limit: how many regions may refresh in the same update, None for all that are due.
         exact: exact SVD instead of subspace iteration.
         scale: factor of back-projected updates.
@@ -70,6 +67,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         records: list[ProjectedParameter],
         layers: list[int],
         schedule: FixedSchedule,
+        lazy: LazyGaps | None,
+        by_first_vector: bool,
         refresh_limit: int | None,
         exact: bool,
         scale: float,
@@ -80,23 +79,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().__init__([{**group} for group in param_groups], defaults)
         self.param_groups = param_groups
         self.counters = Counters()
-        self.refresh_time_s = 0.0
         self.grad_norm: float | None = None
         self.in_backward = in_backward
         self.max_grad_norm = max_grad_norm
         self._updates = updates
         self._records = {id(record.weight): record for record in records}
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
-        self._queue = RefreshQueue(self._layers, schedule, refresh_limit)
-        self._exact = exact
+        self.refreshes = BasisRefresh(
+            self._records,
+            RefreshQueue(self._layers, schedule, refresh_limit, lazy),
+            self.counters,
+            by_first_vector=by_first_vector,
+            observe=lambda what, grad: self.observe(what, grad),
+        )
         self._rounding_seed = rounding_seed
         self._scale = scale
-        self._sketches: dict[int, Tensor] = {}
         self._updated: set[int] = set()
         self.observe: Observer = _unobserved
         self._settings: dict[int, Any] = {}
         self._watch = GradientWatch()
-        self._named: set[str] = set()
         self._numbers = self._positions()
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
@@ -173,26 +174,25 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for record in self._records.values():
             record.clear()
-        self._sketches.clear()
+        self.refreshes.forget()
 
     def request_refresh(self) -> None:
         """Makes all bases due in the window that is open now, before its first forward."""
-        self._queue.request(self._layers, self.counters.num_updates)
-        self._set_forms()
+        self.refreshes.queue.request(self._layers, self.counters.num_updates)
+        self.refreshes.set_forms()
 
     def limit_refreshes(self, limit: int | None) -> None:
         """From the window on that is open now, before its first forward, so many regions refresh in one update."""
-        self._queue.limit = limit
-        self._set_forms()
+        self.refreshes.queue.limit = limit
+        self.refreshes.set_forms()
 
     def state_dict(self) -> dict[str, Any]:
         """As ``torch.optim``: tensors and numbers only; ``galore_fx`` holds the counters and pending refreshes."""
         saved = super().state_dict()
-        positions = self._positions()
         saved["galore_fx"] = {
             "version": STATE_VERSION,
             **dataclasses.asdict(self.counters),
-            "due_since": {positions[key]: since for key, since in sorted(self._queue.due_since.items())},
+            **self.refreshes.queue.state(self._numbers),
         }
         return saved
 
@@ -202,13 +202,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
         """
-        parameters = list(self._parameters())
         extra = restore(self.state, self.param_groups, state_dict)
-        self.counters = Counters.from_state(extra)
-        self._queue.due_since = {id(parameters[i]): since for i, since in extra["due_since"].items()}
+        self.counters.load(extra)
+        self.refreshes.queue.load_state(extra, list(map(id, self._parameters())))
         self.zero_grad()
         self._updated.clear()
-        self._set_forms()
+        self.refreshes.set_forms()
 
     @property
     def records(self) -> Iterable[ProjectedParameter]:
@@ -218,14 +217,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # Windows.
 
     def _open_window(self) -> None:
-        self._queue.admit(self.counters.num_updates)
-        self._set_forms()
-
-    def _set_forms(self) -> None:
-        """Fixed for the window, so that a recomputed forward is the same as the first."""
-        turn = self._queue.turn()
-        for key, record in self._records.items():
-            record.form = record.refresh_form if key in turn else GradientForm.PROJECTED
+        self.refreshes.queue.admit(self.counters.num_updates)
+        self.refreshes.set_forms()
 
     def _close_window(self, updated: bool) -> None:
         self.zero_grad()
@@ -253,8 +246,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self.clip_grad_norm_(self.max_grad_norm)
         for parameter, grad in gradients:
             self._update(parameter, grad)
-        for key in list(self._sketches):
-            self._apply_sketch(self._records[key])
+        self.refreshes.apply_sketches()
         self._close_window(True)
 
     def _collect(self) -> list[tuple[nn.Parameter, Tensor]]:
@@ -265,7 +257,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 continue  # frozen since compile: as torch.optim, which sees no gradient then
             record = self._records.get(id(parameter))
             if record is not None and parameter.grad is not None:
-                self._project_full(record, parameter.grad)
+                self.refreshes.project_full(record, parameter.grad)
             holder = record.leaf if record is not None else parameter
             if holder.grad is not None:
                 gradients.append((parameter, holder.grad))
@@ -275,23 +267,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters():
             record = self._records.get(id(parameter))
             yield record.leaf if record is not None else parameter
-
-    def _project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
-        """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
-        if record.form is GradientForm.FULL and id(record.weight) in self._queue.due_since:
-            self._renew(record, lambda: exact_basis(grad, record.rank, record.dim))
-        if record.form is GradientForm.SKETCHED:
-            self._sketches.setdefault(id(record.weight), sketch_of(grad, record.basis, record.dim))
-        if record.form is not GradientForm.FULL and record.name not in self._named:
-            self._named.add(record.name)
-            warnings.warn(
-                f"the full gradient of {record.name} was formed, and then projected: the weight is read by something "
-                "that is no linear layer, or outside its block. Right, but slow and large",
-                stacklevel=2,
-            )
-        projected = project(grad, record.basis, record.dim)
-        record.leaf.grad = projected if record.leaf.grad is None else record.leaf.grad + projected
-        record.weight.grad = None
 
     # In the backward.
 
@@ -308,14 +283,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if record is not None:
                 record.leaf.register_post_accumulate_grad_hook(weak_hook(self, "_update_at_once", parameter))
 
-    def _keep_sketch(self, parameter: nn.Parameter, leaf: Tensor) -> None:
-        """Keeps the first micro-batch's sketch and drops the others'."""
-        if leaf.grad is None:
-            return
-        self._sketches.setdefault(id(parameter), leaf.grad)
-        leaf.grad = None
+    def _keep_sketch(self, parameter: nn.Parameter, _leaf: Tensor) -> None:
+        record = self._records[id(parameter)]
+        self.refreshes.keep_sketch(record)
         if self.in_backward and id(parameter) in self._updated:
-            self._apply_sketch(self._records[id(parameter)])
+            self.refreshes.apply_sketch(record)
 
     def _update_at_once(self, parameter: nn.Parameter, holder: Tensor) -> None:
         """Updates a parameter whose gradient is complete, in the form it came in."""
@@ -331,7 +303,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         record = self._records.get(id(parameter))
         with torch.no_grad():
             if record is not None and holder is parameter:
-                self._project_full(record, holder.grad)
+                self.refreshes.project_full(record, holder.grad)
                 holder = record.leaf
             grad, holder.grad = holder.grad, None
             assert grad is not None
@@ -341,8 +313,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             else:
                 self.counters.num_skipped += 1
             self._updated.add(id(parameter))
-            if record is not None and id(parameter) in self._sketches:
-                self._apply_sketch(record)
+            if record is not None:
+                self.refreshes.apply_sketch(record)
 
     # One parameter.
 
@@ -386,24 +358,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     added = (*missing, *(name + SCALES for name in missing), "started")
                     self.state[parameter].update({name: new[name] for name in added if name in new})
         return self._settings[id(group)]
-
-    def _apply_sketch(self, record: ProjectedParameter) -> None:
-        with torch.no_grad():
-            sketch = self._sketches.pop(id(record.weight))
-            self._renew(record, lambda: orthonormalize(sketch))
-
-    def _renew(self, record: ProjectedParameter, make: Callable[[], Tensor | None]) -> None:
-        start = time.perf_counter()
-        with self.observe("refresh", None):
-            basis = make()
-            if basis is None:
-                self.counters.num_failed_refreshes += 1
-                self._queue.fail(id(record.weight), self.counters.num_updates)
-            else:
-                record.basis.copy_(basis)
-                self.counters.num_refreshes += 1
-                self._queue.finish(id(record.weight))
-        self.refresh_time_s += time.perf_counter() - start
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         group = self._groups[id(parameter)]

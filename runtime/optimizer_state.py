@@ -11,7 +11,7 @@ from galore_fx.errors import OptimizerError
 from galore_fx.runtime.blockwise import BLOCK, MIN_ELEMENTS, code_of_zero, num_blocks, stored_bytes
 
 SCALES = "_scales"
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,10 @@ class Counters:
     num_refreshes: int = 0
     num_failed_refreshes: int = 0
 
-    @classmethod
-    def from_state(cls, saved: Mapping[str, Any]) -> "Counters":
-        """The counters among what was saved."""
-        fields = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in saved.items() if key in fields})
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes over the counters among what was saved."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, saved[field.name])
 
 
 def restore(

@@ -8,12 +8,17 @@ all, updates 0, 200, 400 refresh.
     layer 1   x . . . . . x           x . x . . . . . x
     layer 2   x . . . . . x           x . . . x . . . . . x
 
+Lazily, a weight lets turns of its layer pass until its own gap is over, which grows while its subspace stays.
+
 Where more layers are due than may refresh in one update, the others wait, the one that has waited longest comes first.
 """
 
+import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+_SAVED_OF_LAZY = ("gaps", "last", "stabilities")
 # A random first basis and one iteration catch less than a second warm iteration does, so subspace iteration
 # refreshes all layers in the first two updates.
 SUBSPACE_ITERATION_WARM_UP = 2
@@ -43,6 +48,50 @@ class FixedSchedule:
         return (num_updates - phase) % self.gap == 0
 
 
+@dataclasses.dataclass
+class LazyGaps:
+    """The gap of each weight: it doubles as long as the weight's subspace stays what it is.
+
+    Source: Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.2: where the mean of the last k statistics is above
+    a threshold, the gap is doubled. Here it has a limit, and counts from the weight's last refresh.
+
+    Attributes:
+        base: the first gap, in updates.
+        threshold: stability at or above which a gap doubles.
+        queue_size: how many refreshes the mean is taken over; fewer decide nothing.
+        largest: a gap is at most so many times the first.
+        gaps: in force, by weight; those that are not in it have the first.
+        last: the update at which each weight became due last.
+        stabilities: of the last refreshes of each weight, the latest at the end.
+    """
+
+    base: int
+    threshold: float
+    queue_size: int
+    largest: int
+    gaps: dict[int, int] = dataclasses.field(default_factory=dict)
+    last: dict[int, int] = dataclasses.field(default_factory=dict)
+    stabilities: dict[int, list[float]] = dataclasses.field(default_factory=dict)
+
+    def gap_of(self, key: int) -> int:
+        """Updates between two refreshes of a weight."""
+        return self.gaps.get(key, self.base)
+
+    def is_due(self, key: int, num_updates: int) -> bool:
+        """Whether as many updates have passed since its last refresh as its gap says."""
+        return key not in self.last or num_updates - self.last[key] >= self.gap_of(key)
+
+    def note(self, key: int, stability: float) -> None:
+        """A refresh has found the subspace so stable."""
+        recent = self.stabilities.setdefault(key, [])
+        recent.append(stability)
+        del recent[: -self.queue_size]
+        gap = 2 * self.gap_of(key)
+        is_stable = len(recent) == self.queue_size and sum(recent) / self.queue_size >= self.threshold
+        if is_stable and gap <= self.largest * self.base:
+            self.gaps[key] = gap
+
+
 class RefreshQueue:
     """The weights whose bases are due, and whose turn it is.
 
@@ -52,23 +101,30 @@ class RefreshQueue:
     Attributes:
         due_since: the update at which each weight became due that waits.
         limit: how many layers may refresh in the same update; None: all that are due.
+        lazy: the weights' own gaps, None where all have that of the schedule.
 
     Args:
         layers: the layer of each weight, by a key of the caller's. The weights of a layer refresh together.
         schedule: when a layer is due.
-        limit: the same.
+        limit, lazy: the same.
     """
 
-    def __init__(self, layers: Mapping[int, int], schedule: FixedSchedule, limit: int | None) -> None:
+    def __init__(
+        self, layers: Mapping[int, int], schedule: FixedSchedule, limit: int | None, lazy: LazyGaps | None = None
+    ) -> None:
         self.due_since: dict[int, int] = {}
         self.limit = limit
+        self.lazy = lazy
         self._layers, self._schedule = layers, schedule
 
     def admit(self, num_updates: int) -> None:
         """Lets those wait that are due in the update that follows ``num_updates`` done ones."""
-        self.request(
-            (key for key, layer in self._layers.items() if self._schedule.is_due(layer, num_updates)), num_updates
-        )
+        due = [key for key, layer in self._layers.items() if self._schedule.is_due(layer, num_updates)]
+        if self.lazy is not None:
+            is_first = num_updates < self._schedule.num_initial
+            due = [key for key in due if is_first or self.lazy.is_due(key, num_updates)]
+            self.lazy.last.update(dict.fromkeys(due, num_updates))
+        self.request(due, num_updates)
 
     def request(self, keys: Iterable[int], num_updates: int) -> None:
         """Lets these wait, if they do not already."""
@@ -77,14 +133,29 @@ class RefreshQueue:
 
     def turn(self) -> set[int]:
         """The weights that refresh in the next update."""
-        if self.limit is None:
-            return set(self.due_since)
+        layers = self.layers_in_turn()
+        return {key for key in self.due_since if self._layers[key] in layers}
+
+    def layers_in_turn(self) -> set[int]:
+        """Their layers."""
         waiting: dict[int, int] = {}
         for key, since in self.due_since.items():
             layer = self._layers[key]
             waiting[layer] = min(since, waiting.get(layer, since))
-        first = sorted(waiting, key=lambda layer: (waiting[layer], layer))[: self.limit]
-        return {key for key in self.due_since if self._layers[key] in first}
+        return set(sorted(waiting, key=lambda layer: (waiting[layer], layer))[: self.limit])
+
+    def layer_of(self, key: int) -> int:
+        """The layer of a weight."""
+        return self._layers[key]
+
+    def measures(self, num_updates: int) -> bool:
+        """Whether a refresh says how stable its subspace was: not the first ones, which start from random bases."""
+        return self.lazy is not None and num_updates >= self._schedule.num_initial
+
+    def note_stability(self, key: int, stability: float) -> None:
+        """What a refresh found."""
+        if self.lazy is not None:
+            self.lazy.note(key, stability)
 
     def finish(self, key: int) -> None:
         """It has its new basis."""
@@ -94,3 +165,26 @@ class RefreshQueue:
         """It has not got one, and waits again behind the others, which a gradient of NaN would else hold up."""
         if key in self.due_since:
             self.due_since[key] = num_updates + 1
+
+    def state(self, positions: Mapping[int, int]) -> dict[str, Any]:
+        """What a resumed run needs, with the position of each weight in the place of its key."""
+
+        def by_position(values: Mapping[int, Any]) -> dict[int, Any]:
+            return {positions[key]: value for key, value in sorted(values.items(), key=lambda item: positions[item[0]])}
+
+        saved = {"due_since": by_position(self.due_since)}
+        if self.lazy is not None:
+            saved |= {name: by_position(getattr(self.lazy, name)) for name in _SAVED_OF_LAZY}
+        return saved
+
+    def load_state(self, saved: Mapping[str, Any], keys: Sequence[int]) -> None:
+        """Goes on from a state.
+
+        Args:
+            saved: what ``state`` returned.
+            keys: the weight at each position.
+        """
+        self.due_since = {keys[i]: since for i, since in saved["due_since"].items()}
+        if self.lazy is not None:
+            for name in _SAVED_OF_LAZY:
+                setattr(self.lazy, name, {keys[i]: copy.copy(value) for i, value in saved.get(name, {}).items()})

@@ -69,6 +69,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--update", choices=("deferred", "in-backward"))
     parser.add_argument("--state-bits", type=int, choices=(8, 32), help="of the optimizer's states (as the weights)")
     parser.add_argument("--max-grad-norm", type=float)
+    parser.add_argument(
+        "--part", action="append", default=[], metavar="NAME=VALUE", help="any part of the recipe: basis_bits=4, ..."
+    )
     parser.add_argument("--budget", help="memory the training may take, such as 16GB")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the tokenizer, for a model without one")
@@ -144,11 +147,20 @@ class _Run:
                 time_s = time.perf_counter() - begin
                 bar.set_postfix_str(
                     f"loss {self.loss:.3f}, {tokens / time_s:.0f} tokens/s, {format_bytes(_memory_now(self.device))}"
+                    f"{self._refreshes()}"
                 )
                 log.write(json.dumps({"step": step, "loss": self.loss, "time_s": round(time_s, 4)}) + "\n")
                 if (step + 1) % arguments.save_every == 0 or step + 1 == stop:
                     log.flush()
                     self._save(step + 1)
+
+    def _refreshes(self) -> str:
+        """For the progress bar, where refreshes are lazy: how many there were, and how long the gaps are by now."""
+        stats = self.model.galore_fx.stats()
+        gaps = stats.get("refresh_gap")
+        if gaps is None:
+            return ""
+        return f", {stats['num_refreshes']} refreshes, gaps {min(gaps.values())} to {max(gaps.values())}"
 
     def _step(self, step: int) -> None:
         arguments = self.arguments
@@ -189,6 +201,9 @@ class _Run:
             "unigram_entropy": self.sequences.unigram_entropy(),
             "num_refreshes": stats["num_refreshes"],
             "num_skipped": stats["num_skipped"],
+            "refresh_time_s": stats["refresh_time_s"],
+            "stability": stats.get("stability", {}),
+            "refresh_gap": stats.get("refresh_gap", {}),
         }
         print(
             f"held-out loss {held_out:.3f} nats/token (unigram entropy {figures['unigram_entropy']:.3f}); "
@@ -262,6 +277,7 @@ def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
     parts = {
         name: getattr(arguments, name) for name in ("rank", "refresh_gap", "update", "state_bits", "max_grad_norm")
     }
+    parts |= dict(map(_part, arguments.part))
     galore_fx.compile(
         model,
         arguments.budget,
@@ -269,6 +285,16 @@ def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
         optimizer=functools.partial(torch.optim.AdamW, lr=arguments.lr, weight_decay=arguments.weight_decay),
         **{name: value for name, value in parts.items() if value is not None},
     )
+
+
+def _part(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise InputError(f"--part {text}: give a part of the recipe and its value, such as --part basis_bits=4")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespace) -> int:

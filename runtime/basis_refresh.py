@@ -1,0 +1,129 @@
+"""Renews the bases that are due, from full gradients (exact SVD) or from sketches (subspace iteration)."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from galore_fx.runtime.optimizer_state import Counters
+from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.refresh_schedule import RefreshQueue
+from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
+from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
+
+# Around each update (with the gradient it consumes) and each refresh: what a memory counter hooks into.
+Observer = Callable[[str, Tensor | None], AbstractContextManager[None]]
+
+
+class BasisRefresh:
+    """The refreshes of one model.
+
+    Attributes:
+        queue: which bases are due, and whose turn it is.
+        counters: of the optimizer; refreshes are counted there.
+        time_s: seconds spent on new bases.
+
+    Args:
+        records: the projected parameters, by the identity of the weight.
+        queue: the same.
+        counters: the same.
+        by_first_vector: measure stability by the first vectors and not by the overlap.
+        observe: is told of each refresh.
+    """
+
+    def __init__(
+        self,
+        records: Mapping[int, ProjectedParameter],
+        queue: RefreshQueue,
+        counters: Counters,
+        *,
+        by_first_vector: bool,
+        observe: Observer,
+    ) -> None:
+        self.queue = queue
+        self.counters = counters
+        self.time_s = 0.0
+        self._records = records
+        self._by_first_vector = by_first_vector
+        self._observe = observe
+        self._sketches: dict[int, Tensor] = {}
+        self._named: set[str] = set()
+
+    def set_forms(self) -> None:
+        """Fixed for the window, so that a recomputed forward is the same as the first.
+
+        All weights of a layer take the refreshing form where one of them is due: a layer has two graphs then, and not
+        one for each combination.
+        """
+        layers = self.queue.layers_in_turn()
+        for key, record in self._records.items():
+            is_in_turn = self.queue.layer_of(key) in layers
+            record.form = record.refresh_form if is_in_turn else GradientForm.PROJECTED
+
+    def forget(self) -> None:
+        """Drops the sketches of the window."""
+        self._sketches.clear()
+
+    def keep_sketch(self, record: ProjectedParameter) -> None:
+        """Keeps the first micro-batch's sketch of a basis that is due, and drops all others."""
+        sketch, record.sketch_leaf.grad = record.sketch_leaf.grad, None
+        if sketch is not None and id(record.weight) in self.queue.due_since:
+            self._sketches.setdefault(id(record.weight), sketch)
+
+    def project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
+        """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
+        key = id(record.weight)
+        is_due = key in self.queue.due_since
+        if record.form is GradientForm.FULL and is_due:
+            self._renew(
+                record,
+                lambda: exact_basis(grad, record.rank, record.dim),
+                lambda new: gradient_overlap(grad, record.basis, new, record.dim),
+            )
+        if record.form is GradientForm.SKETCHED and is_due:
+            self._sketches.setdefault(key, sketch_of(grad, record.basis, record.dim))
+        if record.form is not GradientForm.FULL and record.name not in self._named:
+            self._named.add(record.name)
+            warnings.warn(
+                f"the full gradient of {record.name} was formed, and then projected: the weight is read by something "
+                "that is no linear layer, or outside its block. Right, but slow and large",
+                stacklevel=2,
+            )
+        projected = project(grad, record.basis, record.dim)
+        record.leaf.grad = projected if record.leaf.grad is None else record.leaf.grad + projected
+        record.weight.grad = None
+
+    def apply_sketches(self) -> None:
+        """Renews the bases whose sketches have been kept."""
+        for key in list(self._sketches):
+            self.apply_sketch(self._records[key])
+
+    def apply_sketch(self, record: ProjectedParameter) -> None:
+        """Renews one basis from its sketch, if that has been kept."""
+        sketch = self._sketches.pop(id(record.weight), None)
+        if sketch is not None:
+            with torch.no_grad():
+                self._renew(record, lambda: orthonormalize(sketch), lambda _new: sketch_overlap(record.basis, sketch))
+
+    def _renew(
+        self, record: ProjectedParameter, make: Callable[[], Tensor | None], overlap: Callable[[Tensor], float]
+    ) -> None:
+        start = time.perf_counter()
+        key = id(record.weight)
+        with self._observe("refresh", None):
+            basis = make()
+            if basis is None:
+                self.counters.num_failed_refreshes += 1
+                self.queue.fail(key, self.counters.num_updates)
+            else:
+                if self.queue.measures(self.counters.num_updates):
+                    by_first_vector = self._by_first_vector
+                    stability = first_vector_cosine(record.basis, basis) if by_first_vector else overlap(basis)
+                    self.queue.note_stability(key, stability)
+                record.basis.copy_(basis)
+                self.counters.num_refreshes += 1
+                self.queue.finish(key)
+        self.time_s += time.perf_counter() - start
