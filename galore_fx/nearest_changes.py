@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from torch import nn
 
-from galore_fx.decisions import Decisions
-from galore_fx.errors import ModelError
+from galore_fx.decisions import Decisions, decide
+from galore_fx.errors import ModelError, SettingError
 from galore_fx.policy_search import PolicySearch, deciding, largest_peak
 from galore_fx.request import Request
 from galore_fx.sample import batch_size, shortened
@@ -14,6 +14,7 @@ from galore_fx.simulation import StepSimulator
 from galore_fx.units import format_bytes
 
 _MAX_NUM_TRIALS = 4
+SMALLEST = "q-galore"
 
 
 def nearest_changes(
@@ -27,7 +28,7 @@ def nearest_changes(
     if kept >= allowed:
         if any(p.dtype is torch.float32 for p in model.parameters()) and kept // 2 < allowed:
             words.append(f"model.bfloat16(), which keeps {format_bytes(kept // 2)} instead of {format_bytes(kept)}")
-        return tuple(words)
+        return (*words, *_smaller_recipe(model, request, kept, allowed))
     asked = _settled(request, plan.recipe)
     share = (allowed - kept) / (plan.prediction.peak_bytes - kept)
     for dim, name in enumerate(("batch", "sequence length")):
@@ -51,6 +52,19 @@ def nearest_changes(
                 words.append(f"{name} {smaller} instead of {size}")
                 break
     return tuple(words)
+
+
+def _smaller_recipe(model: nn.Module, request: Request, kept: int, allowed: int) -> list[str]:
+    """The recipe that keeps least, where it leaves room for the activations; what a step takes is not simulated."""
+    if not isinstance(request.recipe, str) or request.recipe == SMALLEST:
+        return []
+    asked = dataclasses.replace(request, recipe=SMALLEST, overrides={**request.overrides, "update": "in-backward"})
+    try:
+        smaller = sum(decide(model, dataclasses.replace(asked, budget=None)).plan.kept.values())
+    except SettingError:  # it goes with something that is asked for
+        return []
+    told = f"recipe={SMALLEST!r}, which keeps {format_bytes(smaller)} instead of {format_bytes(kept)}"
+    return [told] if smaller < allowed else []
 
 
 def _settled(request: Request, recipe: dict[str, object]) -> Request:

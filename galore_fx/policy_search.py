@@ -18,6 +18,8 @@ ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
 # On CUDA, until a GPU has verified the simulation: context, libraries and their workspaces; a share for fragmentation.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CUDA_MARGIN = 0.1
+# Keeping the least is not always the lowest peak, but near it: a plan that then exceeds the budget so much is given up.
+HOPELESS = 1.1
 
 
 class PolicySearch:
@@ -41,6 +43,10 @@ class PolicySearch:
         kept = self.as_given()
         if kept.within_budget:
             return kept
+        sparing = self._predicted(self._training.model(ACTIVATION_BUDGETS[-1:]), (0,) * len(self._plan.regions))
+        assert sparing.budget_bytes is not None
+        if sparing.peak_bytes > HOPELESS * sparing.budget_bytes:
+            return sparing
         model = self._training.model(ACTIVATION_BUDGETS)
         problem = model.problem()
         assert self._plan.budget_bytes is not None

@@ -38,6 +38,7 @@ from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
 from galore_fx.plan_record import Prediction
 from galore_fx.runtime.compatibility import compile_graph
+from galore_fx.runtime.repetition import playing_some
 from galore_fx.sample import describe_sample
 
 # The caching allocator rounds every block up to this (c10/cuda/CUDACachingAllocator, kMinBlockSize).
@@ -106,7 +107,7 @@ class StepSimulator:
         before, self._counter = self._counter, counter
         try:
             lowering = lowering_only(self._note_kernel, for_cuda=self._is_cuda)
-            with self._mode, lowering, as_if_real(), warnings.catch_warnings():
+            with self._mode, lowering, as_if_real(), playing_some(counter.repeat), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 yield
         except NotAdditive:

@@ -14,6 +14,8 @@ elements that move are rounded, and each of them by the chance of its own moveme
 import torch
 from torch import Tensor
 
+from galore_fx.runtime.repetition import alike
+
 GROUP = 256
 # A zero point per byte, and a scale in bfloat16: 3 bytes for each group.
 SCALE_DTYPE = torch.bfloat16
@@ -73,7 +75,7 @@ def quantize(elements: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty((groups, GROUP * bits // 8), dtype=torch.uint8, device=device)
     scales = torch.empty((groups,), dtype=SCALE_DTYPE, device=device)
     zeros = torch.empty((groups,), dtype=torch.uint8, device=device)
-    for first in range(0, groups, _SLICE_GROUPS):
+    for first in alike(range(0, groups, _SLICE_GROUPS)):
         part = slice(first, first + _SLICE_GROUPS)
         made = _quantize_slice(flat[first * GROUP : (first + _SLICE_GROUPS) * GROUP], bits)
         for whole, value in zip((codes, scales, zeros), made, strict=True):

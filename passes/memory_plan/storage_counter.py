@@ -77,6 +77,7 @@ class StorageCounter(TorchDispatchMode):
         self._scratch = scratch
         self._cost = cost
         self.costs: list[tuple[int, str, float]] = []
+        self._weight = 1  # how many times what happens now happens
         self._own: list[tuple[int, ...]] | _Unknown | None = None
         self.allocations: list[Allocation] = []
         self._alive: dict[int, tuple[Any, Allocation]] = {}
@@ -112,7 +113,11 @@ class StorageCounter(TorchDispatchMode):
     def spend(self, seconds: float) -> None:
         """Notes time that passes now."""
         if seconds:
-            self.costs.append((len(self._phases), self._phase, seconds))
+            self.costs.append((len(self._phases), self._phase, seconds * self._weight))
+
+    def repeat(self, weight: int) -> None:
+        """What happens from now on takes its time so many times."""
+        self._weight = weight
 
     def forget(self) -> None:
         """Drops what happened up to now; what is alive stays known."""

@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from galore_fx.errors import UsageError
+from galore_fx.runtime.repetition import alike
 
 # Size of a chunk's logits in float32: large enough for efficient products, small enough to stay near the cores.
 CHUNK_BYTES = 32 * 2**20
+# Elements of dW whose product is added to its float32 sum at once.
+PRODUCT_ELEMENTS = 2**22
 
 
 def linear_cross_entropy(
@@ -63,7 +66,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         size = max(1, min(num_tokens, CHUNK_BYTES // (4 * vocabulary)))
         sums = _GradientSums(ctx.needs_input_grad, hidden, weight, bias, single=size == num_tokens)
-        for start in range(0, num_tokens, size):
+        for start in alike(range(0, num_tokens, size)):
             part = slice(start, min(start + size, num_tokens))
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
             # Every step in place: torch.logsumexp would hold a second tensor of this size, and take its exp twice.
@@ -118,10 +121,17 @@ class _GradientSums:
             if self.weight.dtype is grad_logits.dtype:
                 self.weight.addmm_(grad_logits.T, hidden, beta=beta)
             else:
-                self.weight.mul_(beta) if beta else self.weight.zero_()
-                self.weight += (grad_logits.T @ hidden).float()
+                self._add_in_float32(self.weight, grad_logits, hidden, overwrite=not beta)
         if self.bias is not None:
             self.bias += grad_logits.sum(0, dtype=torch.float32)
+
+    @staticmethod
+    def _add_in_float32(weight: Tensor, grad_logits: Tensor, hidden: Tensor, *, overwrite: bool) -> None:
+        """In row blocks: the product and its float32 copy are as large as dW else, and so the peak of many a step."""
+        size = max(1, PRODUCT_ELEMENTS // weight.shape[1])
+        for start in alike(range(0, weight.shape[0], size)):
+            rows, product = weight[start : start + size], grad_logits[:, start : start + size].T @ hidden
+            rows.copy_(product) if overwrite else rows.add_(product)
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the dtype of what they belong to."""

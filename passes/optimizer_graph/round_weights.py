@@ -7,7 +7,7 @@ that dequantises, adds, fits the grids and rounds. The kernel has a dynamic leng
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from galore_fx.runtime.group_quantizer import GROUP, add_and_round
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import uniform_numbers
+from galore_fx.runtime.repetition import alike
 from galore_fx.runtime.subspace import ProjectedDim
 
 BLOCK_ELEMENTS = 2**20
@@ -36,7 +37,7 @@ def add_back_projection_rounded_(
     update = update.to(weight.dtype)
     basis = basis.dequantized() if isinstance(basis, QuantizedTensor) else basis
     factor = torch.tensor(decay, dtype=torch.float32).to(weight.device)
-    for rows in _row_blocks(weight.shape[0], weight.shape[1]):
+    for rows in alike(_row_blocks(weight.shape[0], weight.shape[1])):
         change = basis[rows] @ update if dim is ProjectedDim.ROWS else update[rows] @ basis.T
         groups = slice(rows.start * weight.shape[1] // GROUP, rows.stop * weight.shape[1] // GROUP)
         parts = [part[groups] for part in (weight.codes, weight.scales, weight.zeros)]
@@ -49,12 +50,11 @@ def add_back_projection_rounded_(
         _kernel()(*parts, change, factor, numbers)
 
 
-def _row_blocks(num_rows: int, num_cols: int) -> Iterator[slice]:
+def _row_blocks(num_rows: int, num_cols: int) -> list[slice]:
     """Rows that are whole groups of elements together."""
     unit = GROUP // math.gcd(GROUP, num_cols)
     size = max(1, BLOCK_ELEMENTS // (num_cols * unit)) * unit
-    for first in range(0, num_rows, size):
-        yield slice(first, min(first + size, num_rows))
+    return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
 
 
 def _round_block(

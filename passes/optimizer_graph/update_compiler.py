@@ -34,6 +34,7 @@ from galore_fx.runtime.blockwise import BLOCK
 from galore_fx.runtime.optimizer_state import SCALES, StateFormat
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.repetition import alike
 from galore_fx.runtime.subspace import add_back_projection_, project
 
 # What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
@@ -335,7 +336,7 @@ class CompiledUpdate:
         num_elements = flat[0].numel()
         num_whole = num_elements // BLOCK
         num_slices = -(-num_whole * BLOCK // SLICE_ELEMENTS)
-        for part in range(num_slices):
+        for part in alike(range(num_slices)):
             blocks = slice(part * num_whole // num_slices, (part + 1) * num_whole // num_slices)
             elements = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
             self._run_blocks(
