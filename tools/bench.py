@@ -4,6 +4,7 @@
     python tools/bench.py start           time to the first step: cold, warm, and with 24 layers
     python tools/bench.py step            one training step: plain AdamW, galore_torch, galore_fx
     python tools/bench.py update          one parameter's update with 8-bit states: galore_fx, bitsandbytes, torchao
+    python tools/bench.py quantized       one training step with quantised weights, bases and states: galore, q-galore
     python tools/bench.py step --case a --steps 15
 
 A row holds the figures with shape, settings, hardware, versions, load average and date. Times are minima over
@@ -58,6 +59,7 @@ def _cpu_name() -> str:
 def main() -> None:
     """Reads the command line and runs one benchmark."""
     import bench_memory
+    import bench_quantized
     import bench_start
     import bench_step
     import bench_update
@@ -68,6 +70,7 @@ def main() -> None:
     bench_memory.add_command(commands)
     bench_start.add_command(commands)
     bench_update.add_command(commands)
+    bench_quantized.add_command(commands)
     arguments = parser.parse_args()
     arguments.run(arguments)
 

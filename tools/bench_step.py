@@ -85,7 +85,7 @@ def measure(case: str, num_steps: int, *, with_svd: bool) -> dict[str, Any]:
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(num_steps):
         for name, step in steps.items():
-            times[name].append(_timed(step))
+            times[name].append(timed(step))
     for name, contender in contenders.items():
         row[f"{name}_s"] = round(min(times[name]), 4)
         row[f"{name}_median_s"] = round(sorted(times[name])[num_steps // 2], 4)
@@ -184,7 +184,7 @@ def _add_amortised(
         for state in peer.optimizer.state.values():
             if "projector" in state:
                 state["projector"].ortho_matrix = None  # the next step computes it anew
-        refresh_s = _timed(lambda: peer.step(batches))
+        refresh_s = timed(lambda: peer.step(batches))
         row["galore_torch_refresh_step_s"] = round(refresh_s, 2)
         row["galore_torch_amortised_s"] = round(((GAP - 1) * row["galore_torch_s"] + refresh_s) / GAP, 4)
     ours = contenders["galore_fx"]
@@ -192,7 +192,7 @@ def _add_amortised(
     for layer in range(num_layers):
         ours.optimizer.counters.num_updates = GAP + layer * GAP // num_layers
         ours.optimizer._open_window()
-        times.append(_timed(lambda: ours.step(batches)))
+        times.append(timed(lambda: ours.step(batches)))
     row["galore_fx_refresh_step_s"] = round(min(times), 4)
     row["galore_fx_amortised_s"] = round(
         ((GAP - num_layers) * row["galore_fx_s"] + num_layers * row["galore_fx_refresh_step_s"]) / GAP, 4
@@ -229,7 +229,8 @@ def make_batches(shape: dict[str, Any]) -> Callable[[], torch.Tensor]:
     return lambda: torch.randint(0, shape["vocabulary"], size, generator=generator)
 
 
-def _timed(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that some work takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

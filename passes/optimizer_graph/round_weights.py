@@ -40,11 +40,11 @@ def add_back_projection_rounded_(
     for rows in alike(_row_blocks(weight.shape[0], weight.shape[1])):
         change = basis[rows] @ update if dim is ProjectedDim.ROWS else update[rows] @ basis.T
         groups = slice(rows.start * weight.shape[1] // GROUP, rows.stop * weight.shape[1] // GROUP)
-        parts = [part[groups] for part in (weight.codes, weight.scales, weight.zeros)]
+        parts = [part[groups].detach() for part in (weight.codes, weight.scales, weight.zeros)]
         numbers = None
         if key is not None:
             numbers = torch.tensor([key, groups.start * GROUP], dtype=torch.int32).to(weight.device)
-        change = change.view(-1, GROUP)
+        change = change.view(-1, GROUP).detach()
         for tensor in (parts[0], change):
             torch._dynamo.mark_static(tensor, 1)
         _kernel()(*parts, change, factor, numbers)

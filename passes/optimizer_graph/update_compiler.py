@@ -366,7 +366,9 @@ class CompiledUpdate:
     def _run_blocks(
         self, whole: list[Tensor], num_written: int, codes: list[Tensor], scales: list[Tensor], numbers: Tensor
     ) -> None:
-        in_blocks = [tensor.view(-1, BLOCK) for tensor in (*whole[:num_written], *codes, *whole[num_written:])]
+        # Detached, as in ``_flat``: some are slices of a whole and some copies, which is all the same here.
+        in_blocks = [tensor.view(-1, BLOCK).detach() for tensor in (*whole[:num_written], *codes, *whole[num_written:])]
+        scales = [scale.detach() for scale in scales]
         for tensor in in_blocks:
             torch._dynamo.mark_static(tensor, 1)
         num_first = num_written + len(codes)
