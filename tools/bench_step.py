@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from galore_torch import GaLoreAdamW
 from tabulate import tabulate
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -138,6 +137,8 @@ def adamw_contender(shape: dict[str, Any]) -> Contender:
 
 def galore_torch_contender(shape: dict[str, Any]) -> Contender:
     """The whole model compiled, the released GaLoreAdamW, projecting what galore_fx projects."""
+    from galore_torch import GaLoreAdamW
+
     model = make_model(shape)
     projected = [p for n, p in model.named_parameters() if "proj" in n]
     others = [p for n, p in model.named_parameters() if "proj" not in n]
