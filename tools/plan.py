@@ -23,6 +23,7 @@ import torch
 from compare_plans import compare
 from plan_picture import draw
 from preset_models import PRESETS, EncoderSize, build
+from recipe_parts import add_part_option
 from torch import nn
 
 import galore_fx
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", help="columns of a basis, or a fraction of the shorter side")
     parser.add_argument("--update", choices=("deferred", "in-backward"))
     parser.add_argument("--state-bits", type=int, choices=(8, 32), help="of the optimizer's states (as the weights)")
+    add_part_option(parser)
     parser.add_argument("--compare", action="store_true", help="beside other ways of training the same model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw one step there (svg or png; needs matplotlib)")
@@ -86,7 +88,7 @@ def read(arguments: argparse.Namespace) -> tuple[Callable[[], nn.Module], dict[s
     for name in ("batch", "seq"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} {getattr(arguments, name)}: must be at least 1")
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(arguments.part)
     if arguments.rank is not None:
         settings["rank"] = _number(arguments.rank)
     if arguments.update is not None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recipe_parts import add_part_option
 from text_data import Sequences, TextError, make_sequences, make_tokenizer, read_corpus
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -69,9 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--update", choices=("deferred", "in-backward"))
     parser.add_argument("--state-bits", type=int, choices=(8, 32), help="of the optimizer's states (as the weights)")
     parser.add_argument("--max-grad-norm", type=float)
-    parser.add_argument(
-        "--part", action="append", default=[], metavar="NAME=VALUE", help="any part of the recipe: basis_bits=4, ..."
-    )
+    add_part_option(parser)
     parser.add_argument("--budget", help="memory the training may take, such as 16GB")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--vocabulary", type=int, default=4096, help="of the tokenizer, for a model without one")
@@ -277,7 +276,7 @@ def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
     parts = {
         name: getattr(arguments, name) for name in ("rank", "refresh_gap", "update", "state_bits", "max_grad_norm")
     }
-    parts |= dict(map(_part, arguments.part))
+    parts |= dict(arguments.part)
     galore_fx.compile(
         model,
         arguments.budget,
@@ -285,16 +284,6 @@ def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
         optimizer=functools.partial(torch.optim.AdamW, lr=arguments.lr, weight_decay=arguments.weight_decay),
         **{name: value for name, value in parts.items() if value is not None},
     )
-
-
-def _part(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise InputError(f"--part {text}: give a part of the recipe and its value, such as --part basis_bits=4")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespace) -> int:
