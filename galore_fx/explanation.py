@@ -15,17 +15,17 @@ from galore_fx.errors import ModelError, SettingError
 from galore_fx.fake_model import fake_batch, fake_copy, fake_mode
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
-from galore_fx.optimizer_build import refresh_form
+from galore_fx.optimizer_build import make_records, refresh_form
 from galore_fx.optimizer_choice import OptimizerChoice, for_a_copy
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.pass_runner import PassRecord
 from galore_fx.plan_record import ParameterPlan, Plan
+from galore_fx.quantization import quantize_weights
 from galore_fx.recipe import Recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import FakeTensorMode
-from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
-from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.sample import describe_sample
 from galore_fx.units import format_bytes
 
@@ -99,7 +99,9 @@ def explain(
     mode = fake_mode()
     fake = fake_copy(model, mode)
     decisions = decide(fake, Request(recipe=recipe, optimizer=optimizer, overrides=overrides))
-    records = _fake_records(decisions, mode)
+    with mode:
+        decisions = quantize_weights(fake, decisions)
+        records, _ = make_records(decisions)
     regions, head = RegionCompiler(regions={}, finish=_leave), None if keep_logits else HeadCompiler()
     blocks = install(fake, decisions.regions, regions, head, policy=decisions.plan.activation_policy, strict=False)
     for form in (GradientForm.PROJECTED, refresh_form(decisions.recipe)):
@@ -113,21 +115,6 @@ def explain(
         *_optimizer_reports(decisions),
     ]
     return Explanation(decisions.plan, tuple(graphs), blocks.failures)
-
-
-def _fake_records(decisions: Decisions, mode: FakeTensorMode) -> list[ProjectedParameter]:
-    weights = {w.name: w.weight for region in decisions.regions for w in region.weights}
-    records = []
-    for entry in decisions.plan.parameters:
-        if entry.rank is None or entry.dim is None:
-            continue
-        weight, dim = weights[entry.name], ProjectedDim(entry.dim)
-        shape = dim.basis_shape((entry.shape[0], entry.shape[1]), entry.rank)
-        with mode:
-            basis = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-            records.append(ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis))
-        REGISTRY.add(records[-1])
-    return records
 
 
 def _forward(fake: nn.Module, sample: object, mode: FakeTensorMode) -> None:

@@ -65,8 +65,7 @@ class FakeTraining:
         self._members, self._names = played_blocks.members, played_blocks.names
         self._update_scale = num_elements / sum(p.numel() for p in fake.parameters())
         self._args, self._kwargs = simulator.batch()
-        with simulator.playing(counter):
-            decisions = quantize_weights(fake, decisions)
+        decisions = quantize_weights(fake, decisions)
         self._optimizer = build_optimizer(
             fake, dataclasses.replace(decisions, recipe=endless), decisions.optimizer
         ).optimizer

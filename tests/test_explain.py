@@ -121,3 +121,19 @@ def test_a_sample_that_does_not_fit_is_said():
         galore_fx.explain(llama(1), {"input_idz": batches(1)[0]})
     with pytest.raises(galore_fx.ModelError, match="not an nn.Module"):
         galore_fx.explain(lambda x: x, torch.ones(3))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["plain", "compiled"])
+def test_quantised_tensors_are_explained(is_compiled):
+    settings = {} if is_compiled else {"recipe": "q-galore", "rank": 16}
+    model = llama(2)
+    if is_compiled:
+        galore_fx.compile(model, recipe="q-galore", rank=16, optimizer=adamw())
+    explanation = galore_fx.explain(model, sample(), **settings)
+    steady = passes(explanation, "block model.layers.0 (LlamaDecoderLayer) and 1 like it, steady")
+    # Seven weights in 8 bits and their seven bases in 4, each with a scale and a zero point for 256 elements.
+    stored = steady["dequantize_inputs"].effect
+    elements, basis_elements = 4 * 64 * 64 + 3 * 176 * 64, 7 * 64 * 16
+    assert stored.count == 14 and stored.bytes_before == 4 * (elements + basis_elements)
+    assert stored.bytes_after == elements + basis_elements // 2 + 3 * (elements + basis_elements) // 256
+    assert steady["project_gradients"].effect.count == 7
