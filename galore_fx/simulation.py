@@ -65,7 +65,7 @@ class StepSimulator:
         self._model, self._sample = model, sample
         self._mode = fake_mode()
         self._regions: Regions = {}
-        self._variants: Variants = {}
+        self._variants = Variants()
         self._is_cuda = device != "cpu"
         self._scratch = cuda_kernel_scratch_bytes if self._is_cuda else kernel_scratch_bytes
         self._rates = this_cpu() if device == "cpu" else RTX_4090

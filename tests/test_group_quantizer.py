@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from galore_fx.passes.optimizer_graph import round_weights
-from galore_fx.passes.optimizer_graph.round_weights import add_back_projection_rounded_
+from galore_fx.passes.optimizer_graph.round_weights import WeightRounding
 from galore_fx.runtime.group_quantizer import (
     GROUP,
     SCALE_DTYPE,
@@ -21,6 +21,8 @@ from galore_fx.runtime.group_quantizer import (
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of, uniform_numbers
 from galore_fx.runtime.subspace import ProjectedDim
+
+ROUNDING = WeightRounding()  # compiled once
 
 
 @settings(deadline=None)
@@ -145,7 +147,7 @@ def test_the_compiled_update_is_the_plain_one(monkeypatch, dim, shape, bits):
         for limit in (2**20, 512):
             monkeypatch.setattr(round_weights, "BLOCK_ELEMENTS", limit)
             made = stored.clone()
-            add_back_projection_rounded_(made, update, basis, dim, 0.99, used)
+            ROUNDING.add_back_projection_(made, update, basis, dim, 0.99, used)
             assert torch.equal(made.scales, expected[1]) and torch.equal(made.zeros, expected[2])
             differing = int((made.codes.int() - expected[0].int()).abs().sum())
             assert differing <= 2, "a threshold was met by a sum that was added up in another order"

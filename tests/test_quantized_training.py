@@ -30,6 +30,10 @@ def plain_twin(model, make):
     return twin
 
 
+def optimizer_state(model, parameter):
+    return model.galore_fx.optimizer.state[parameter]
+
+
 def quantized_parameters(model):
     return {name: p for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
 
@@ -61,29 +65,31 @@ def test_at_most_one_dequantised_weight_is_alive(monkeypatch):
     """Few tokens: what a step takes besides what is kept is one weight in float32; untagged, it is every one."""
 
     def transient():
-        model = llama(3, hidden=128, intermediate=1024)
+        model = llama(2, hidden=128, intermediate=1024)
         sample = {"input_ids": batches(1, 1, 4)[0], "labels": batches(1, 1, 4)[0]}
-        plan = galore_fx.plan(model, sample=sample, rank=4, update="in-backward", optimizer=adamw(), **Q_PARTS)
+        plan = galore_fx.plan(model, sample=sample, rank=4, update="in-backward", optimizer=adamw(), weight_bits=8)
         kept = sum(plan.prediction.kept.values())
         return max(plan.phases[phase] for phase in ("forward", "backward")) - kept, plan.regions
 
     largest, whole_block = 4 * 128 * 1024, 4 * (4 * 128 * 128 + 3 * 128 * 1024)
     tagged, regions = transient()
     assert tagged < 1.5 * largest
-    assert len(regions) == 3
+    assert len(regions) == 2
     policy = dequantize_inputs.CheckpointPolicy
     untagging = type("Untagging", (), {"MUST_RECOMPUTE": policy.MUST_SAVE})
     monkeypatch.setattr(dequantize_inputs, "CheckpointPolicy", untagging)
     untagged, _ = transient()
-    assert untagged > 3 * whole_block
+    assert untagged > 2 * whole_block
 
 
-@pytest.mark.parametrize("settings", [{"update": "in-backward", "state_bits": 8}, {"recipe": "galore"}])
-def test_predicted_peak_is_the_counted_one(settings):
+def test_predicted_peak_is_the_counted_one():
     sample = {"input_ids": batches(1)[0], "labels": batches(1)[0]}
-    made = {"rank": 16, "optimizer": adamw(), "weight_bits": 8, "basis_bits": 4, **settings}
-    plan = galore_fx.plan(llama(2, hidden=128, intermediate=256), sample=sample, **made)
-    model = galore_fx.compile(llama(2, hidden=128, intermediate=256), **made)
+    made = {"recipe": "q-galore", "rank": 32, "update": "in-backward", "optimizer": adamw()}
+    plan = galore_fx.plan(llama(1), sample=sample, **made)
+    model = galore_fx.compile(llama(1), **made)
+    assert any(
+        name.endswith(SCALES) for p in quantized_parameters(model).values() for name in optimizer_state(model, p)
+    )
     assert abs(counted_peak(model, sample) - plan.prediction.peak_bytes) <= 64  # a few numbers of 4 and 8 bytes
 
 
@@ -122,7 +128,7 @@ def test_bytes_held_are_those_of_the_formula():
 
 def test_training_learns_and_a_resumed_run_is_bit_identical():
     def make():
-        return compiled(llama(2, hidden=128), refresh_gap=4, recipe="auto", state_bits=8, optimizer=adamw(lr=1e-2))
+        return compiled(llama(2), refresh_gap=4, recipe="auto", state_bits=8, optimizer=adamw(lr=1e-2))
 
     def train(model, ids):
         losses = []
@@ -151,7 +157,7 @@ def test_training_learns_and_a_resumed_run_is_bit_identical():
 def test_rounding_to_the_nearest_loses_small_updates():
     moved = {}
     for rounding in ("stochastic", "nearest"):
-        model = compiled(llama(1, hidden=128), rounding=rounding, optimizer=adamw(lr=1e-5), recipe="auto")
+        model = compiled(llama(2), rounding=rounding, optimizer=adamw(lr=1e-5), recipe="auto")
         before = {name: p.clone() for name, p in quantized_parameters(model).items()}
         for batch in batches(3):
             backward(model, batch)

@@ -20,7 +20,7 @@ from galore_fx.errors import OptimizerError
 from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, lower_to_subspace
 from galore_fx.passes.optimizer_graph.merge_branches import merge_branches, numbers_of
 from galore_fx.passes.optimizer_graph.quantize_states import never_negative, quantize_states
-from galore_fx.passes.optimizer_graph.round_weights import add_back_projection_rounded_
+from galore_fx.passes.optimizer_graph.round_weights import WeightRounding
 from galore_fx.passes.optimizer_graph.trace_step import (
     STATE_PREFIX,
     GroupSettings,
@@ -43,10 +43,21 @@ SLICE_ELEMENTS = 2**20
 _NUM_CACHED_STEPS = 8
 
 
-# Compiled steps for all models of the process, by class, settings, projected or not; several where the step branches
-# on a hyper-parameter.
-Variants = dict[object, list["CompiledUpdate"]]
-_VARIANTS: Variants = {}
+@dataclasses.dataclass
+class Variants:
+    """What has been compiled.
+
+    Attributes:
+        steps: by class, settings, projected or not; several where the step branches on a hyper-parameter.
+        rounding: the end of steps over weights in 8 bits.
+    """
+
+    steps: dict[object, list["CompiledUpdate"]] = dataclasses.field(default_factory=dict)
+    rounding: WeightRounding = dataclasses.field(default_factory=WeightRounding)
+
+
+# Those of the process, for all its models.
+_VARIANTS = Variants()
 # Step counts at which a class is asked for other branches than the one it takes now.
 _PROBED_STEPS = (0.0, 1.0, 10.0, 100.0, 1e4, 1e6)
 _STEP = f"{STATE_PREFIX}step"
@@ -232,13 +243,16 @@ class UpdateCompiler:
     ) -> tuple["CompiledUpdate", int]:
         """The compiled step and its branch that these numbers take, traced now if they are new."""
         names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
-        known = self._variants.setdefault((self.optimizer_class, projected, quantized, settings.switches, names), [])
+        known = self._variants.steps.setdefault(
+            (self.optimizer_class, projected, quantized, settings.switches, names), []
+        )
         for compiled in known:
             branch = compiled.branch_for(values, born)
             if branch is not None:
                 return compiled, branch
         traced = self._branches(group, settings, layout, dict(zip(names, values, strict=True)))
-        compiled = CompiledUpdate(traced, projected, layout.format.unsigned if quantized else None)
+        unsigned = layout.format.unsigned if quantized else None
+        compiled = CompiledUpdate(traced, self._variants.rounding, projected=projected, unsigned=unsigned)
         known.append(compiled)
         branch = compiled.branch_for(values, born)
         assert branch is not None, f"{self.optimizer_class.__name__} was traced at {values} and does not hold there"
@@ -269,12 +283,21 @@ class CompiledUpdate:
 
     Args:
         traced: the branches.
+        rounding: for weights in 8 bits.
         projected: whether the parameter is projected.
         unsigned: where the states are in 8 bits, those that are never negative.
     """
 
-    def __init__(self, traced: Sequence[TracedStep], projected: bool, unsigned: frozenset[str] | None = None) -> None:
+    def __init__(
+        self,
+        traced: Sequence[TracedStep],
+        rounding: WeightRounding,
+        *,
+        projected: bool,
+        unsigned: frozenset[str] | None = None,
+    ) -> None:
         self._traced = traced
+        self._rounding = rounding
         self._lowered = [lower_to_subspace(step, projected=projected) for step in traced]
         assert all(lowered.scalars[-1] == SCALE for lowered in self._lowered)
         self._new_scalars = traced[0].new_scalars
@@ -315,7 +338,7 @@ class CompiledUpdate:
         else:
             update = self._body(*_flat([grad, *tensors, *in_subspace]), numbers).view(grad.shape)
         if record is not None and isinstance(weight, QuantizedTensor):
-            add_back_projection_rounded_(weight, update, record.basis, record.dim, factor, rounding_key)
+            self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
         elif record is not None:
             add_back_projection_(weight, update, record.basis, record.dim, factor)
         for name, value in zip(self._new_scalars, new_scalars, strict=True):

@@ -71,6 +71,7 @@ def test_private_torch_names_live_in_one_module():
     subject = {
         "galore_fx.passes.optimizer_graph.trace_step",
         "galore_fx.passes.memory_plan.fake_inductor",
+        "galore_fx.passes.memory_plan.triton_schedule",
     }
     for module, path in _modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
