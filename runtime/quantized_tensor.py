@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_fx.errors import UsageError
 from galore_fx.runtime.compatibility import tree_map
 from galore_fx.runtime.group_quantizer import dequantize, quantize
 
@@ -96,7 +97,7 @@ class QuantizedTensor(Tensor):
             return args[0].copy_(args[1].dequantized())
         written = [name for name in _written(func, args) if isinstance(name, cls)]
         if written:
-            raise NotImplementedError(
+            raise UsageError(
                 f"{func} writes into a weight that is stored in {written[0].bits} bits; change it through "
                 "model.galore_fx.optimizer, or copy a whole tensor into it with copy_"
             )

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 import galore_fx
-from galore_fx.passes.optimizer_graph import update_compiler
+from galore_fx.passes.optimizer_graph import compiled_update
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.runtime.blockwise import BLOCK, MIN_ELEMENTS, code_of_zero, decode, encode, stored_bytes
 from galore_fx.runtime.optimizer_state import SCALES, StateFormat
@@ -90,7 +90,7 @@ def test_states_that_are_never_negative_are_found_in_the_graph(name):
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
 def test_ten_steps_equal_torchs_with_its_states_rounded_after_each(name, monkeypatch):
     """Of a length that is no multiple of a block, in slices, and with a gradient that is not contiguous."""
-    monkeypatch.setattr(update_compiler, "SLICE_ELEMENTS", 10 * BLOCK)
+    monkeypatch.setattr(compiled_update, "SLICE_ELEMENTS", 10 * BLOCK)
     optimizer_class, extra, unsigned = CASES[name]
     shape = (71, 67)
     weight = torch.nn.Parameter(torch.randn(shape))

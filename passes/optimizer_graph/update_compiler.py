@@ -7,18 +7,17 @@ serves all of them. Where the step branches on how many steps there were, all br
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from galore_fx.errors import OptimizerError
-from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, lower_to_subspace
-from galore_fx.passes.optimizer_graph.merge_branches import merge_branches, numbers_of
+from galore_fx.passes.optimizer_graph.compiled_update import NUM_CACHED_STEPS, CompiledUpdate
+from galore_fx.passes.optimizer_graph.lower_to_subspace import lower_to_subspace
+from galore_fx.passes.optimizer_graph.merge_branches import merge_branches
 from galore_fx.passes.optimizer_graph.quantize_states import never_negative, quantize_states
 from galore_fx.passes.optimizer_graph.round_weights import WeightRounding
 from galore_fx.passes.optimizer_graph.trace_step import (
@@ -30,17 +29,8 @@ from galore_fx.passes.optimizer_graph.trace_step import (
     trace_step,
 )
 from galore_fx.passes.pass_runner import Effect, PassRecord
-from galore_fx.runtime.blockwise import BLOCK
-from galore_fx.runtime.optimizer_state import SCALES, StateFormat
+from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from galore_fx.runtime.repetition import alike
-from galore_fx.runtime.subspace import add_back_projection_, project
-
-# What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
-SLICE_ELEMENTS = 2**20
-# Scalars of this many different steps are kept: parameters that lag behind (unused in a step) have their own.
-_NUM_CACHED_STEPS = 8
 
 
 @dataclasses.dataclass
@@ -221,7 +211,7 @@ class UpdateCompiler:
         key = (record is not None, born, quantized, settings.switches, values)
         chosen = self._chosen.get(key)
         if chosen is None:
-            if len(self._chosen) >= _NUM_CACHED_STEPS:
+            if len(self._chosen) >= NUM_CACHED_STEPS:
                 self._chosen.clear()
             chosen = self._chosen[key] = self._choose(
                 group, settings, layout, values, record is not None, born, quantized
@@ -272,154 +262,12 @@ class UpdateCompiler:
                 values = tuple(probe.values())
                 if not any(traced.first == first and traced.holds_for(values) for traced in found):
                     found.append(trace_step(self.optimizer_class, group, layout, probe, first=first))
-        if len(_TRACED) >= _NUM_CACHED_STEPS:
+        if len(_TRACED) >= NUM_CACHED_STEPS:
             _TRACED.clear()
         _TRACED[key] = found
         return found
 
 
-class CompiledUpdate:
-    """One lowered step with all its branches; the body is compiled by Inductor at the first call, for any length.
-
-    Args:
-        traced: the branches.
-        rounding: for weights in 8 bits.
-        projected: whether the parameter is projected.
-        unsigned: where the states are in 8 bits, those that are never negative.
-    """
-
-    def __init__(
-        self,
-        traced: Sequence[TracedStep],
-        rounding: WeightRounding,
-        *,
-        projected: bool,
-        unsigned: frozenset[str] | None = None,
-    ) -> None:
-        self._traced = traced
-        self._rounding = rounding
-        self._lowered = [lower_to_subspace(step, projected=projected) for step in traced]
-        assert all(lowered.scalars[-1] == SCALE for lowered in self._lowered)
-        self._new_scalars = traced[0].new_scalars
-        self._needs_weight = any(lowered.needs_weight for lowered in self._lowered)
-        body = merge_branches(self._lowered, projected=projected)
-        self._is_quantized = unsigned is not None
-        if unsigned is not None:
-            body = quantize_states(body, traced[0].new_tensors, unsigned)
-        self._body: Callable[..., Any] = torch.compile(body, fullgraph=True, dynamic=True)
-        self._numbers = functools.lru_cache(_NUM_CACHED_STEPS)(self._compute_numbers)
-
-    def branch_for(self, values: tuple[float, ...], born: bool) -> int | None:
-        """Which branch these numbers take, None where none of them holds."""
-        taken = (i for i, step in enumerate(self._traced) if step.first == born and step.holds_for(values))
-        return next(taken, None)
-
-    def __call__(
-        self,
-        branch: int,
-        weight: Tensor,
-        grad: Tensor,
-        tensors: list[Tensor],
-        state: dict[str, Tensor],
-        values: tuple[float, ...],
-        record: ProjectedParameter | None,
-        rounding_key: int | None,
-    ) -> None:
-        """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
-        dtype, device = _compute_dtype(weight.dtype), weight.device
-        numbers, factor, new_scalars = self._numbers(branch, values, dtype, device)
-        in_subspace = [project(weight, record.basis, record.dim)] if record and self._needs_weight else []
-        if self._is_quantized:
-            scales = [state[name + SCALES] for name in self._traced[0].new_tensors]
-            self._run_quantized([grad] if record else [weight, grad], tensors, scales, in_subspace, numbers)
-            update = grad
-        elif record is None:
-            self._body(*_flat([weight, grad, *tensors]), numbers)
-        else:
-            update = self._body(*_flat([grad, *tensors, *in_subspace]), numbers).view(grad.shape)
-        if record is not None and isinstance(weight, QuantizedTensor):
-            self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
-        elif record is not None:
-            add_back_projection_(weight, update, record.basis, record.dim, factor)
-        for name, value in zip(self._new_scalars, new_scalars, strict=True):
-            state[name].fill_(value)
-
-    def _run_quantized(
-        self, whole: list[Tensor], codes: list[Tensor], scales: list[Tensor], read: list[Tensor], numbers: Tensor
-    ) -> None:
-        """The body over whole blocks, a slice at a time, so that what it decodes stays small.
-
-        Args:
-            whole: tensors of one element per code, which are written: weight if unprojected, gradient.
-            codes, scales: of each state.
-            read: tensors like ``whole`` that are only read.
-            numbers: of the body.
-        """
-        flat = [tensor.contiguous().view(-1).detach() for tensor in (*whole, *read)]
-        num_elements = flat[0].numel()
-        num_whole = num_elements // BLOCK
-        num_slices = -(-num_whole * BLOCK // SLICE_ELEMENTS)
-        for part in alike(range(num_slices)):
-            blocks = slice(part * num_whole // num_slices, (part + 1) * num_whole // num_slices)
-            elements = slice(blocks.start * BLOCK, blocks.stop * BLOCK)
-            self._run_blocks(
-                [tensor[elements] for tensor in flat],
-                len(whole),
-                [code[elements] for code in codes],
-                [scale[blocks] for scale in scales],
-                numbers,
-            )
-        rest = num_elements - num_whole * BLOCK
-        if rest:
-            # The last block in part: in copies, of two blocks, since a length of one would be compiled for itself.
-            padded = [functional.pad(tensor[-rest:], (0, 2 * BLOCK - rest)) for tensor in flat]
-            last_codes = [functional.pad(code[-BLOCK:], (0, BLOCK)) for code in codes]
-            last_scales = [functional.pad(scale[-1:], (0, 1)) for scale in scales]
-            self._run_blocks(padded, len(whole), last_codes, last_scales, numbers)
-            for target, source, length in [
-                *((target, source, rest) for target, source in zip(flat[: len(whole)], padded, strict=False)),
-                *((target, source, BLOCK) for target, source in zip(codes, last_codes, strict=True)),
-                *((target, source, 1) for target, source in zip(scales, last_scales, strict=True)),
-            ]:
-                target[-length:] = source[:length]
-        for tensor, made in zip(whole, flat, strict=False):
-            if not tensor.is_contiguous():
-                tensor.copy_(made.view(tensor.shape))
-
-    def _run_blocks(
-        self, whole: list[Tensor], num_written: int, codes: list[Tensor], scales: list[Tensor], numbers: Tensor
-    ) -> None:
-        # Detached, as in ``_flat``: some are slices of a whole and some copies, which is all the same here.
-        in_blocks = [tensor.view(-1, BLOCK).detach() for tensor in (*whole[:num_written], *codes, *whole[num_written:])]
-        scales = [scale.detach() for scale in scales]
-        for tensor in in_blocks:
-            torch._dynamo.mark_static(tensor, 1)
-        num_first = num_written + len(codes)
-        self._body(*in_blocks[:num_first], *scales, *in_blocks[num_first:], numbers)
-
-    def _compute_numbers(
-        self, branch: int, values: tuple[float, ...], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, float, tuple[float, ...]]:
-        lowered = self._lowered[branch]
-        out = lowered.prologue(*values)
-        slots, factor, new_scalars = out[: lowered.num_slots], out[lowered.num_slots], out[lowered.num_slots + 1 :]
-        numbers = numbers_of(self._lowered, branch, slots)
-        return torch.tensor(numbers, dtype=dtype).to(device), factor, tuple(new_scalars)
-
-
 def _scalars(settings: GroupSettings, layout: StateLayout) -> dict[str, float]:
     """The group's numbers and the initial ones of the state, by their names in a traced step."""
     return {**settings.floats, **{STATE_PREFIX + name: value for name, value in layout.scalars.items()}}
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic is done in float32 at least, whatever is stored."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _flat(tensors: list[Tensor]) -> list[Tensor]:
-    """Flattened views where all are contiguous; as they are where one is not, since a copy would lose the update.
-
-    Detached, and so no views to Dynamo: it would tell matrices from vectors by what they are views of.
-    """
-    return [t.view(-1).detach() for t in tensors] if all(t.is_contiguous() for t in tensors) else tensors
