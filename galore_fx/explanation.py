@@ -17,6 +17,7 @@ from galore_fx.handle import Compiled
 from galore_fx.installation import install
 from galore_fx.optimizer_build import make_records, refresh_form
 from galore_fx.optimizer_choice import OptimizerChoice, for_a_copy
+from galore_fx.passes.model_graph.group_heads import HeadGroup
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.pass_runner import PassRecord
@@ -51,14 +52,17 @@ class Explanation:
         plan: the decisions, with the role of each parameter.
         graphs: what the passes did.
         uncompiled: blocks that cannot be captured as one graph, with the reason.
+        heads: the attention heads that were found in projected weights, by the weight's name; one entry for each role.
     """
 
     plan: Plan
     graphs: tuple[GraphReport, ...]
     uncompiled: Mapping[str, str]
+    heads: Mapping[str, tuple[HeadGroup, ...]]
 
     def __str__(self) -> str:
         parts = ["Graphs", _graph_table(self.graphs), "", "Parameters", _parameter_table(self.plan)]
+        parts += ["", "Attention heads", _head_table(self.heads)]
         for name, reason in self.uncompiled.items():
             parts.append(f"not compiled: {name or 'the model'}: {reason}")
         return "\n".join([*parts, "", self.plan.table()])
@@ -114,7 +118,8 @@ def explain(
         *(GraphReport("head and loss", tuple(passes)) for passes in head_passes),
         *_optimizer_reports(decisions),
     ]
-    return Explanation(decisions.plan, tuple(graphs), blocks.failures)
+    heads = {name: groups for region in regions.regions for name, groups in regions.heads_of(region).items() if groups}
+    return Explanation(decisions.plan, tuple(graphs), blocks.failures, heads)
 
 
 def _forward(fake: nn.Module, sample: object, mode: FakeTensorMode) -> None:
@@ -196,6 +201,26 @@ def _parameter_table(plan: Plan) -> str:
         headers=("parameter", "count", "shape", "trained at", "because", "bytes kept"),
         colalign=("left", "right", "left", "left", "left", "right"),
     )
+
+
+def _head_table(heads: Mapping[str, tuple[HeadGroup, ...]]) -> str:
+    """Weights of equal name but for the numbers in it, and equal heads, share a row."""
+    counts: dict[tuple[str, ...], int] = {}
+    for name, groups in heads.items():
+        for group in groups:
+            side = "columns" if group.role == "output" else "rows"
+            shown = ", ".join(_span(head) for head in group.heads[:2]) + (", ..." if group.num_heads > 2 else "")
+            row = (_pattern(name), group.role, f"{group.num_heads} of {group.head_size}", f"{side} {shown}")
+            counts[row] = counts.get(row, 0) + 1
+    if not counts:
+        return "none recognised: every weight is projected as an ordinary matrix"
+    rows = [(pattern, count, *rest) for (pattern, *rest), count in counts.items()]
+    return tabulate(rows, headers=("weight", "count", "heads of", "number of size", "which (features)"))
+
+
+def _span(features: Sequence[int]) -> str:
+    is_row = list(features) == list(range(features[0], features[-1] + 1))
+    return f"{features[0]}-{features[-1]}" if is_row else f"{len(features)} from {features[0]} on"
 
 
 def _pattern(name: str) -> str:

@@ -19,6 +19,7 @@ from torch import fx
 
 from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.dequantize_inputs import StoredInput, dequantize_inputs
+from galore_fx.passes.model_graph.group_heads import HeadGroup, group_heads
 from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
@@ -60,7 +61,7 @@ class RegionCompiler:
         self._all_forms = all_forms
         self.last_run: CapturedRegion | None = None
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
-        self._weights: dict[CapturedRegion, set[str]] = {}
+        self._weights: dict[CapturedRegion, dict[str, int]] = {}
 
     @property
     def num_graphs(self) -> int:
@@ -79,7 +80,14 @@ class RegionCompiler:
 
     def weights_of(self, region: "CapturedRegion") -> set[str]:
         """Names of the projected weights that have gone through a region, of all blocks that share it."""
-        return self._weights[region]
+        return set(self._weights[region])
+
+    def heads_of(self, region: "CapturedRegion") -> dict[str, tuple[HeadGroup, ...]]:
+        """The attention heads in the projected weights that have gone through a region, by the weight's name."""
+        return {
+            name: tuple(group for group in region.heads if group.placeholder == placeholder)
+            for name, placeholder in self._weights[region].items()
+        }
 
     def keeping(self, activation_budget: float) -> Callable[..., Any]:
         """The Dynamo backend for blocks that keep this share of their activations, 0 to 1."""
@@ -109,7 +117,7 @@ class RegionCompiler:
             region = CapturedRegion(gm, pass_records, self._finish, activation_budget)
             if key is not None:
                 self._regions[key] = region
-        used, weights = self._used.setdefault(region, set()), self._weights.setdefault(region, set())
+        used, weights = self._used.setdefault(region, set()), self._weights.setdefault(region, {})
         if compile_now:
             records = region.records(example_inputs)
             if region.is_symbolic or self._all_forms:
@@ -121,7 +129,7 @@ class RegionCompiler:
             self.last_run = region
             records = region.records(inputs)
             used.add(region.key(records))
-            weights.update(record.name for record in records if record)
+            weights.update({r.name: i for r, i in zip(records, region.parameters, strict=True) if r})
             return region.variant_for(records)(*region.graph_inputs(inputs, records))
 
         return call
@@ -132,6 +140,7 @@ class CapturedRegion:
 
     Attributes:
         pass_records: what each pass did: to the graph itself, and then for each variant.
+        parameters: which of the graph's inputs are parameters.
     """
 
     def __init__(
@@ -145,8 +154,13 @@ class CapturedRegion:
         self._context = current_tracing_context()
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
         self._fakes = [node.meta["example_value"] for node in placeholders]
-        self._parameters = [i for i, value in enumerate(self._fakes) if isinstance(value, torch.nn.Parameter)]
+        self.parameters = [i for i, value in enumerate(self._fakes) if isinstance(value, torch.nn.Parameter)]
         self._variants: dict[tuple[object, ...], Callable[..., Any]] = {}
+
+    @functools.cached_property
+    def heads(self) -> tuple[HeadGroup, ...]:
+        """The attention heads in the graph's weights."""
+        return tuple(group_heads(self._gm))
 
     def finish_capture(self) -> None:
         """Called when Dynamo goes on to make its guards."""
@@ -154,7 +168,7 @@ class CapturedRegion:
 
     def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
         """The record of each parameter among the inputs, None for one that is not projected."""
-        return [REGISTRY.get(inputs[i]) for i in self._parameters]
+        return [REGISTRY.get(inputs[i]) for i in self.parameters]
 
     def graph_inputs(self, inputs: Sequence[object], records: list[ProjectedParameter | None]) -> list[object]:
         """What the variant takes for the inputs that Dynamo gives."""
@@ -169,7 +183,7 @@ class CapturedRegion:
         """Inputs whose full gradient is wanted, if they have one."""
         return {
             index
-            for index, record, form in zip(self._parameters, records, forms, strict=True)
+            for index, record, form in zip(self.parameters, records, forms, strict=True)
             if record is None or form is GradientForm.FULL
         }
 
@@ -217,7 +231,7 @@ class CapturedRegion:
     ) -> Callable[..., Any]:
         wanted = [
             (index, record, form)
-            for index, record, form in zip(self._parameters, records, forms, strict=True)
+            for index, record, form in zip(self.parameters, records, forms, strict=True)
             if record is not None and form is not None and form is not GradientForm.FULL
         ]
         targets = [ProjectionTarget(index, record.name, record.dim, form) for index, record, form in wanted]

@@ -1,0 +1,261 @@
+"""Follows the features of linears and the elements of attention heads through a block's graph.
+
+    a linear's output (b, t, out)         labels 0 ... out - 1, the same for every token
+    view, transpose, split, index, ...    the labels move as the elements do
+    cat, stack                            side by side
+    mul, add, norm, dtype, dropout        the labels of all labelled operands, united
+    sum, mean, ...                        none
+    matmul of two labelled values         scores; softmax keeps them; times a third: an attention
+
+Labels of a batch and a sequence are views without storage of their own (``expand``), so a map is as small as one token.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from galore_fx.passes.model_graph.find_linears import LinearSite
+
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+# Methods and functions that only move elements; they run on the labels themselves.
+_MOVES = {
+    *("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand", "split", "chunk"),
+    *("unbind", "flatten", "unflatten", "select", "narrow", "swapaxes", "movedim", "clone", "repeat_interleave"),
+    *(
+        "expand_as",
+        "broadcast_to",
+        "view_as",
+        "reshape_as",
+        "repeat",
+        "getitem",
+        "t",
+        "tensor_split",
+        "index_select",
+        "mT",
+    ),
+}
+_JOINS = {"cat", "concat", "stack"}
+# What mixes elements of a vector only by a common factor, or not at all.
+_ELEMENTWISE = {
+    *("mul", "add", "sub", "neg", "div", "truediv", "imul", "iadd", "isub", "itruediv", "to", "float", "type_as"),
+    *("half", "bfloat16", "type", "dropout", "layer_norm", "rms_norm", "add_", "mul_", "div_", "tanh", "clamp"),
+    *("masked_fill", "masked_fill_", "where", "softmax", "rsub", "max", "nan_to_num", "detach"),
+}
+_PRODUCTS = {"matmul", "bmm", "baddbmm"}
+_IN_PLACE_OF_VIEW = {"view": "reshape"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionParts:
+    """An attention that was met.
+
+    Attributes:
+        query, key, value: its operands' labels, None where they have none.
+        heads_apart: whether heads have a dimension of their own, and do not share one with the batch.
+        head_size: elements of one head of the result.
+    """
+
+    query: "Labelled | None"
+    key: "Labelled | None"
+    value: "Labelled | None"
+    heads_apart: bool
+    head_size: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labelled:
+    """Where the elements of a value come from.
+
+    Attributes:
+        source: the linear whose output features, or the attention whose heads' elements, the labels number.
+        maps: label tensors of the value's shape, int32; several where elements were made from several.
+    """
+
+    source: LinearSite | AttentionParts
+    maps: tuple[Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Scores:
+    """``Q K^T``, scaled, masked or normalised."""
+
+    query: Labelled
+    key: Labelled
+
+
+class FeatureLabels:
+    """The labels of the values of one graph; ``visit`` its nodes in order.
+
+    Args:
+        linears: the products of an activation and a weight, by node.
+    """
+
+    def __init__(self, linears: dict[fx.Node, LinearSite]) -> None:
+        self._linears = linears
+        self._values: dict[fx.Node, Any] = {}
+
+    def of(self, node: fx.Node) -> Labelled | None:
+        """The labels of a node's value, None where it has none."""
+        value = self._values.get(node)
+        return value if isinstance(value, Labelled) else None
+
+    def visit(self, node: fx.Node) -> AttentionParts | None:
+        """Labels a node; returns the attention where it completes one."""
+        if node.op not in ("call_function", "call_method"):
+            return None
+        shape = _shape(node)
+        site = self._linears.get(node)
+        if site is not None:
+            if shape is not None:
+                self._values[node] = Labelled(site, (_numbered(shape, 1),))
+            return None
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.target is _SDPA:
+            return self._attend(node, shape, *(self._argument(node, i, n) for i, n in enumerate(_QKV)))
+        if name in _PRODUCTS:
+            return self._multiply(node, shape, name)
+        if name in _JOINS:
+            self._values[node] = self._join(node, name)
+        elif node.target is operator.getitem and isinstance(self._values.get(node.args[0]), tuple):  # type: ignore[arg-type]
+            self._values[node] = self._values[node.args[0]][node.args[1]]  # type: ignore[index]
+        elif name in _MOVES:
+            self._values[node] = self._move(node, name)
+        elif name in _ELEMENTWISE and shape is not None:
+            self._values[node] = self._unite(node, shape)
+        return None
+
+    def _argument(self, node: fx.Node, position: int, name: str) -> Any:
+        argument = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+        return self._values.get(argument) if isinstance(argument, fx.Node) else None
+
+    def _move(self, node: fx.Node, name: str) -> Any:
+        moved, *others = node.args
+        value = self._values.get(moved) if isinstance(moved, fx.Node) else None
+        if not isinstance(value, Labelled):
+            # Scores keep their shape and order as far as an attention needs them: a view changes neither.
+            return value if isinstance(value, _Scores) and name != "getitem" else None
+        function = _function(node, name)
+        arguments, keywords = fx.map_arg(tuple(others), _concrete), fx.map_arg(dict(node.kwargs), _concrete)
+        try:
+            results = [function(labels, *arguments, **keywords) for labels in value.maps]
+        except (RuntimeError, TypeError, IndexError, ValueError):
+            return None  # moved by something that is not known here
+        if isinstance(results[0], Tensor):
+            return Labelled(value.source, tuple(results))
+        return tuple(Labelled(value.source, tuple(maps)) for maps in zip(*results, strict=True))
+
+    def _join(self, node: fx.Node, name: str) -> Labelled | None:
+        joined: Any = node.args[0] if node.args else node.kwargs.get("tensors")
+        values = [value for value in map(self._values.get, joined) if isinstance(value, Labelled)]
+        if len(values) != len(joined) or any(value.source is not values[0].source for value in values):
+            return None
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        number = max(len(value.maps) for value in values)
+        join = torch.stack if name == "stack" else torch.cat
+        maps = [_small(join, [value.maps[i % len(value.maps)] for value in values], dim) for i in range(number)]
+        return Labelled(values[0].source, tuple(maps))
+
+    def _unite(self, node: fx.Node, shape: Sequence[int]) -> Any:
+        found = [self._values.get(argument) for argument in node.all_input_nodes]
+        scores = [value for value in found if isinstance(value, _Scores)]
+        if scores:
+            return scores[0]
+        labelled = [value for value in found if isinstance(value, Labelled)]
+        if not labelled or any(value.source is not labelled[0].source for value in labelled):
+            # Of two sources, as in a residual connection, it is nobody's.
+            return None
+        try:
+            maps = [labels.expand(shape) for value in labelled for labels in value.maps]
+        except RuntimeError:
+            return None
+        return Labelled(labelled[0].source, tuple(_distinct(maps)))
+
+    def _multiply(self, node: fx.Node, shape: Sequence[int] | None, name: str) -> AttentionParts | None:
+        factors = node.args[1:] if name == "baddbmm" else node.args
+        operands = [*factors, *node.kwargs.values()]
+        left, right = [self._values.get(n) if isinstance(n, fx.Node) else None for n in (*operands, None, None)[:2]]
+        if isinstance(left, _Scores) and isinstance(right, Labelled):
+            return self._attend(node, shape, left.query, left.key, right)
+        if isinstance(left, Labelled) and isinstance(right, Labelled):
+            self._values[node] = _Scores(left, _transposed(right))
+        return None
+
+    def _attend(
+        self, node: fx.Node, shape: Sequence[int] | None, query: Any, key: Any, value: Any
+    ) -> AttentionParts | None:
+        if shape is None or len(shape) < 3:
+            return None
+        query, key, value = (each if isinstance(each, Labelled) else None for each in (query, key, value))
+        parts = AttentionParts(query, key, value, len(shape) > 3, shape[-1])
+        self._values[node] = Labelled(parts, (_numbered(shape, 3),))
+        return parts
+
+
+_QKV = ("query", "key", "value")
+
+
+def _function(node: fx.Node, name: str) -> Callable[..., Any]:
+    """What moves labels as the node moves elements; where storage does not allow a view they are copied."""
+    if name == "getitem":
+        return operator.getitem
+    if name in ("contiguous", "clone"):
+        return lambda labels, *_args, **_kwargs: labels
+    name = _IN_PLACE_OF_VIEW.get(name, name)
+    if node.op == "call_method":
+        return lambda labels, *args, **kwargs: getattr(labels, name)(*args, **kwargs)
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return function
+
+
+def _numbered(shape: Sequence[int], kind: int) -> Tensor:
+    """Labels by the last dimension (``kind`` 1), or by the third last and the last (3), without storage elsewhere."""
+    if kind == 1:
+        return torch.arange(shape[-1], dtype=torch.int32).expand(tuple(shape))
+    heads = torch.arange(shape[-3] * shape[-1], dtype=torch.int32).view(shape[-3], 1, shape[-1])
+    return heads.expand(tuple(shape))
+
+
+def _small(join: Callable[..., Tensor], parts: Sequence[Tensor], dim: Any) -> Tensor:
+    """Joins labels without writing out the dimensions that only repeat them."""
+    shape = join([part.to("meta") for part in parts], dim).shape
+    if join is torch.stack:
+        dim = dim % (parts[0].ndim + 1)
+        parts, join = [part.unsqueeze(dim) for part in parts], torch.cat
+    dim = dim % parts[0].ndim
+    for other in range(parts[0].ndim):
+        if other != dim and all(part.stride(other) == 0 or part.shape[other] == 1 for part in parts):
+            parts = [part.narrow(other, 0, 1) for part in parts]
+    return join(list(parts), dim).expand(shape)
+
+
+def _transposed(value: Labelled) -> Labelled:
+    """The keys as they were before they were transposed for the product."""
+    return Labelled(value.source, tuple(labels.transpose(-1, -2) for labels in value.maps))
+
+
+def _distinct(maps: Sequence[Tensor]) -> list[Tensor]:
+    kept: list[Tensor] = []
+    for labels in maps:
+        same = ((labels.data_ptr(), labels.stride()) == (other.data_ptr(), other.stride()) for other in kept)
+        if not any(same):
+            kept.append(labels)
+    return kept
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    value = node.meta.get("example_value")
+    return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else None
+
+
+def _concrete(node: fx.Node) -> Any:
+    """A size or a tensor that a move depends on, as a number; raises where it is not known."""
+    value = node.meta.get("example_value")
+    if isinstance(value, torch.SymInt | int):
+        return int(value)
+    if isinstance(value, torch.Size | tuple | list) and not isinstance(value, Tensor):
+        return tuple(int(size) for size in value)
+    raise TypeError(f"{node} is no size")
