@@ -110,7 +110,8 @@ def explain(
     blocks = install(fake, decisions.regions, regions, head, policy=decisions.plan.activation_policy, strict=False)
     for form in (GradientForm.PROJECTED, refresh_form(decisions.recipe)):
         for record in records:
-            record.form = record.refresh_form = form
+            shares = record.heads is not None and form is not GradientForm.PROJECTED
+            record.form = record.refresh_form = GradientForm.HEADS if shares else form
         _forward(fake, sample, mode)
     head_passes = [passes for passes in head.pass_records if _changed(passes)] if head else []
     graphs = [

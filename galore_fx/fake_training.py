@@ -219,7 +219,7 @@ class FakeTraining:
             own = [records[id(p)] for p in parameters if id(p) in records]
             states = [optimizer.state[p] for p in parameters if p in optimizer.state]
             count("weights", times, [*parameters, *module.buffers()])
-            count("bases", times, [t for r in own for t in (r.basis, r.leaf, r.sketch_leaf)])
+            count("bases", times, [t for r in own for t in r.kept_tensors()])
             count("optimizer_state", times, [t for state in states for t in state.values()])
         count("activations", 1, [*self._args, *self._kwargs.values()])
         return found

@@ -63,7 +63,7 @@ def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:
 
 def kept_bytes(model: nn.Module, optimizer: SubspaceOptimizer) -> dict[str, int]:
     """Bytes that live between the steps, by category as in ``Prediction.kept``."""
-    bases = [t for record in optimizer.records for t in (record.basis, record.leaf, record.sketch_leaf)]
+    bases = [t for record in optimizer.records for t in record.kept_tensors()]
     states = [t for state in optimizer.state.values() for t in state.values()]
     weights = tensor_bytes([*model.parameters(), *model.buffers()])
     with_bases = tensor_bytes([*model.parameters(), *model.buffers(), *bases])

@@ -66,6 +66,7 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
         if decisions.recipe.basis_bits is not None:
             basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
         record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
+        record.shared_roles = frozenset((decisions.recipe.cross_head or "").split("-")) - {""}
         REGISTRY.add(record)
         records.append(record)
         layers.append(entry.region)

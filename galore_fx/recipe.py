@@ -4,6 +4,7 @@ part          values
 rank          int, or fraction of the shorter side
 project       shorter (GaLore's rule) | input | output
 basis         svd | subspace-iteration
+cross_head    query-key | query-key-value: one head's basis for all heads of these; None: each weight its own
 refresh       fixed | lazy: a basis whose subspace stays is renewed less and less often
 refresh_gap   updates between two refreshes of the same basis; the first such gap where they are lazy
 lazy_statistic  overlap | first-vector: what tells that a subspace stays
@@ -30,6 +31,7 @@ from galore_fx.errors import SettingError
 
 Project = Literal["shorter", "input", "output"]
 Basis = Literal["svd", "subspace-iteration"]
+CrossHead = Literal["query-key", "query-key-value"]
 Refresh = Literal["fixed", "lazy"]
 LazyStatistic = Literal["overlap", "first-vector"]
 Update = Literal["deferred", "in-backward"]
@@ -47,6 +49,10 @@ class Recipe:
         project: which dimension shrinks to the rank: the shorter side (GaLore, Zhao et al. 2024,
             arXiv:2403.03507, section 4.2), the layer's inputs, or its outputs.
         basis: exact SVD of the gradient, or one warm iteration of the subspace method.
+        cross_head: the weights of an attention's queries and keys (and values) find their basis from the gradient of
+            one head, or as many as the rank needs, drawn anew at each refresh (GaLore+, Liao et al. 2024,
+            arXiv:2412.19820; reconstructed). Needs ``project="input"``. Weights in which the graph shows no heads are
+            projected as others are.
         refresh: when a basis is renewed: at a fixed gap, or lazily, each weight at a gap of its own that doubles while
             its subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2).
         refresh_gap: updates between two refreshes of one basis (GaLore's T).
@@ -78,6 +84,7 @@ class Recipe:
     rank: int | float = 0.25
     project: Project = "shorter"
     basis: Basis = "subspace-iteration"
+    cross_head: CrossHead | None = None
     refresh: Refresh = "fixed"
     refresh_gap: int = 50
     lazy_statistic: LazyStatistic = "overlap"
@@ -125,7 +132,6 @@ RECIPES = {
 }
 NOT_BUILT_YET = ("galore+", "gradnormlorp", "galore2", "lotus", "vlorp", "fira")
 PARTS_NOT_BUILT_YET = (
-    "cross_head",
     "granularity",
     "moments_on_refresh",
     "residual",
@@ -179,6 +185,15 @@ def _check(recipe: Recipe) -> None:
     for part, values in texts.items():
         if getattr(recipe, part) not in get_args(values):
             raise SettingError(f"{part}={getattr(recipe, part)!r} is not one of {', '.join(get_args(values))}")
+    if recipe.cross_head is not None:
+        if recipe.cross_head not in get_args(CrossHead):
+            told = ", ".join(get_args(CrossHead))
+            raise SettingError(f"cross_head={recipe.cross_head!r} is not one of {told}, or None")
+        if recipe.project != "input":
+            raise SettingError(
+                f"cross_head={recipe.cross_head!r} shares a basis of the layer's inputs among its heads, and "
+                f"project={recipe.project!r} may project the outputs; use project='input'"
+            )
     for part in ("refresh_gap", "lazy_queue", "lazy_limit"):
         number = getattr(recipe, part)
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:

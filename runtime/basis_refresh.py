@@ -10,10 +10,14 @@ from torch import Tensor
 
 from galore_fx.runtime.optimizer_state import Counters
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import RefreshQueue
+from galore_fx.runtime.sampled_heads import basis_of_heads
 from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
-from galore_fx.runtime.subspace import exact_basis, orthonormalize, project, sketch_of
+from galore_fx.runtime.subspace import ProjectedDim, exact_basis, orthonormalize, project, sketch_of
 
+# Keeps the draws of heads apart from those of the rounding, which are numbered alike.
+_HEAD_SEED = 1
 # Around each update (with the gradient it consumes) and each refresh: what a memory counter hooks into.
 Observer = Callable[[str, Tensor | None], AbstractContextManager[None]]
 
@@ -32,6 +36,7 @@ class BasisRefresh:
         counters: the same.
         by_first_vector: measure stability by the first vectors and not by the overlap.
         observe: is told of each refresh.
+        numbers: the position of each weight, which with the number of updates says which heads are drawn.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class BasisRefresh:
         *,
         by_first_vector: bool,
         observe: Observer,
+        numbers: Mapping[int, int],
     ) -> None:
         self.queue = queue
         self.counters = counters
@@ -49,6 +55,7 @@ class BasisRefresh:
         self._records = records
         self._by_first_vector = by_first_vector
         self._observe = observe
+        self._numbers = numbers
         self._sketches: dict[int, Tensor] = {}
         self._named: set[str] = set()
 
@@ -61,6 +68,8 @@ class BasisRefresh:
         layers = self.queue.layers_in_turn()
         for key, record in self._records.items():
             is_in_turn = self.queue.layer_of(key) in layers
+            if record.shared_roles:
+                record.draw_heads(key_of(_HEAD_SEED, self.counters.num_updates, self._numbers[key]))
             record.form = record.refresh_form if is_in_turn else GradientForm.PROJECTED
 
     def forget(self) -> None:
@@ -85,6 +94,9 @@ class BasisRefresh:
             )
         if record.form is GradientForm.SKETCHED and is_due:
             self._sketches.setdefault(key, sketch_of(grad, record.basis, record.dim))
+        if record.form is GradientForm.HEADS and is_due and record.heads is not None:
+            features = record.heads.features
+            self._sketches.setdefault(key, grad.index_select(0 if record.dim is ProjectedDim.COLS else 1, features))
         if record.form is not GradientForm.FULL and record.name not in self._named:
             self._named.add(record.name)
             warnings.warn(
@@ -106,7 +118,16 @@ class BasisRefresh:
         sketch = self._sketches.pop(id(record.weight), None)
         if sketch is not None:
             with torch.no_grad():
-                self._renew(record, lambda: orthonormalize(sketch), lambda _new: sketch_overlap(record.basis, sketch))
+                if record.heads is None:
+                    self._renew(
+                        record, lambda: orthonormalize(sketch), lambda _new: sketch_overlap(record.basis, sketch)
+                    )
+                else:
+                    self._renew(
+                        record,
+                        lambda: basis_of_heads(sketch, record.rank, record.dim),
+                        lambda new: gradient_overlap(sketch, record.basis, new, record.dim),
+                    )
 
     def _renew(
         self, record: ProjectedParameter, make: Callable[[], Tensor | None], overlap: Callable[[Tensor], float]

@@ -80,9 +80,7 @@ def _transposed(weight: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
 
 def _product(record: ProjectedParameter, out_in: bool, x: Tensor, bias: Tensor | None) -> Tensor:
     layout = WeightLayout.OUT_IN if out_in else WeightLayout.IN_OUT
-    basis, leaf, sketch_leaf = (*record.graph_inputs(record.form), None)[:3]
-    assert basis is not None and leaf is not None
-    return projected_linear(x, record.weight, bias, basis, leaf, sketch_leaf, layout.value, record.dim.value)
+    return projected_linear(x, record.weight, bias, record.graph_inputs(record.form), layout.value, record.dim.value)
 
 
 def _linear(func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
@@ -106,9 +104,8 @@ def _attention(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for name, value in arguments.items():
         found = _record_of(value) if isinstance(value, nn.Parameter) else None
         if found is not None:
-            basis, leaf, sketch_leaf = (*found[0].graph_inputs(found[0].form), None)[:3]
-            projections[name] = (basis, leaf, sketch_leaf, found[0].dim.value)
-    return projected_attention(projections, **arguments) if projections else func(*args, **kwargs)  # type: ignore[arg-type]
+            projections[name] = (found[0].graph_inputs(found[0].form), found[0].dim.value)
+    return projected_attention(projections, **arguments) if projections else func(*args, **kwargs)
 
 
 _RULES: dict[Callable[..., Any], Callable[..., Any]] = {

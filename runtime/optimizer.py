@@ -85,13 +85,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._updates = updates
         self._records = {id(record.weight): record for record in records}
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
-        self.refreshes = BasisRefresh(
-            self._records,
-            RefreshQueue(self._layers, schedule, refresh_limit, lazy),
-            self.counters,
-            by_first_vector=by_first_vector,
-            observe=lambda what, grad: self.observe(what, grad),
-        )
         self._rounding_seed = rounding_seed
         self._scale = scale
         self._updated: set[int] = set()
@@ -99,6 +92,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._settings: dict[int, Any] = {}
         self._watch = GradientWatch()
         self._numbers = self._positions()
+        self.refreshes = BasisRefresh(
+            self._records,
+            RefreshQueue(self._layers, schedule, refresh_limit, lazy),
+            self.counters,
+            by_first_vector=by_first_vector,
+            observe=lambda what, grad: self.observe(what, grad),
+            numbers=self._numbers,
+        )
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
@@ -274,7 +275,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters():
             record = self._records.get(id(parameter))
             if record is not None:
-                record.sketch_leaf.register_post_accumulate_grad_hook(weak_hook(self, "_keep_sketch", parameter))
+                record.sketch_hook = weak_hook(self, "_keep_sketch", parameter)
+                record.sketch_leaf.register_post_accumulate_grad_hook(record.sketch_hook)
             if not self.in_backward:
                 if record is None and self._records:
                     parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))

@@ -18,8 +18,8 @@ from galore_fx.runtime.compatibility import attention_with_linear
 from galore_fx.runtime.projected_linear import WeightLayout, projected_linear
 from galore_fx.runtime.subspace import ProjectedDim
 
-# Basis, leaf, sketch leaf or None, value of a ``ProjectedDim``.
-Projection = tuple[Tensor, Tensor, Tensor | None, str]
+# What the weight's record gives, as ``projected_linear`` takes it, and the value of a ``ProjectedDim``.
+Projection = tuple[Mapping[str, Tensor], str]
 
 
 def projected_attention(projections: Mapping[str, Projection], **arguments: Any) -> Any:
@@ -41,16 +41,16 @@ class _Projected:
     """A weight (out, in) that is passed through the attention to its ``linear``, and split on the way."""
 
     weight: Tensor
-    basis: Tensor
-    leaf: Tensor
-    sketch_leaf: Tensor | None
+    inputs: Mapping[str, Tensor]
     dim: str
 
     def split(self, sizes: list[int]) -> Any:
         if self.dim == ProjectedDim.ROWS.value:
             return self.weight.split(sizes)
-        parts = zip(self.weight.split(sizes), self.leaf.split(sizes), strict=True)
-        return tuple(dataclasses.replace(self, weight=weight, leaf=leaf) for weight, leaf in parts)
+        parts = zip(self.weight.split(sizes), self.inputs["leaf"].split(sizes), strict=True)
+        return tuple(
+            dataclasses.replace(self, weight=weight, inputs={**self.inputs, "leaf": leaf}) for weight, leaf in parts
+        )
 
     def chunk(self, count: int) -> Any:
         return self.split([self.weight.shape[0] // count] * count)
@@ -66,8 +66,7 @@ class _Projected:
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, _Projected):
         return _PLAIN_LINEAR(x, weight, bias)  # type: ignore[no-any-return]
-    extra = (weight.basis, weight.leaf, weight.sketch_leaf)
-    return projected_linear(x, weight.weight, bias, *extra, WeightLayout.OUT_IN.value, weight.dim)
+    return projected_linear(x, weight.weight, bias, weight.inputs, WeightLayout.OUT_IN.value, weight.dim)
 
 
 _ATTENTION, _PLAIN_LINEAR = attention_with_linear(_linear)

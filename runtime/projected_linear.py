@@ -12,12 +12,14 @@ Not handled: double backward, forward-mode differentiation.
 """
 
 import enum
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from galore_fx.runtime.sampled_heads import gradient_of_heads
 from galore_fx.runtime.subspace import ProjectedDim
 
 
@@ -56,9 +58,7 @@ def projected_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    basis: Tensor,
-    leaf: Tensor,
-    sketch_leaf: Tensor | None,
+    inputs: Mapping[str, Tensor],
     layout: str,
     dim: str,
 ) -> Tensor:
@@ -68,9 +68,10 @@ def projected_linear(
         x: (..., in).
         weight: W, (out, in) or (in, out) as ``layout`` says; gets no gradient.
         bias: what is added to the product: (out,), or None.
-        basis: P, (m, r) or (n, r).
-        leaf: Z, shape of R; its gradient is R.
-        sketch_leaf: shape of P, its gradient is the sketch of the next basis; None where none is wanted.
+        inputs: what the weight's record gives for the form that is wanted, by name. ``basis``: P, (m, r) or (n, r).
+            ``leaf``: Z, shape of R; its gradient is R. ``sketch_leaf``, if given: shape of P, its gradient is the
+            sketch of the next basis; with ``head_features``, (k,): shape of the gradient of these features, which is
+            its own.
         layout: value of a ``WeightLayout``.
         dim: value of a ``ProjectedDim``.
 
@@ -80,11 +81,11 @@ def projected_linear(
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         # As autocast does for a linear layer; R is computed in that precision, and cast to its leaf's by autograd.
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, basis, weight = x.to(dtype), basis.to(dtype), weight.detach().to(dtype)
+        x, weight = x.to(dtype), weight.detach().to(dtype)
+        inputs = {**inputs, "basis": inputs["basis"].to(dtype)}
         bias = None if bias is None else bias.to(dtype)
-    out: Tensor = ProjectedLinear.apply(
-        x, weight, bias, basis, leaf, sketch_leaf, WeightLayout(layout), ProjectedDim(dim)
-    )
+    extra = (inputs.get(name) for name in ("basis", "leaf", "sketch_leaf", "head_features"))
+    out: Tensor = ProjectedLinear.apply(x, weight, bias, *extra, WeightLayout(layout), ProjectedDim(dim))
     return out
 
 
@@ -99,6 +100,7 @@ class ProjectedLinear(torch.autograd.Function):
         basis: Tensor,
         leaf: Tensor,
         sketch_leaf: Tensor | None,
+        head_features: Tensor | None,
         layout: WeightLayout,
         dim: ProjectedDim,
     ) -> Tensor:
@@ -112,16 +114,16 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
-        x, weight, bias, basis, _, sketch_leaf, layout, dim = inputs
-        ctx.save_for_backward(x, weight, basis)
+        x, weight, bias, basis, _, sketch_leaf, head_features, layout, dim = inputs
+        ctx.save_for_backward(x, weight, basis, head_features)
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """dX, None for W, db, None for P, R for the leaf, the sketch for its leaf."""
-        x, weight, basis = ctx.saved_tensors
+        """dX, None for W, db, None for P, R for the leaf, the sketch or the heads' gradient for its leaf."""
+        x, weight, basis, head_features = ctx.saved_tensors
         grad_input = None
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ (weight if ctx.layout is WeightLayout.OUT_IN else weight.T)
@@ -130,5 +132,9 @@ class ProjectedLinear(torch.autograd.Function):
         rows, cols = (outputs, inputs) if ctx.layout is WeightLayout.OUT_IN else (inputs, outputs)
         grad_bias = outputs.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[2] else None
         projected = projected_gradient(rows, cols, basis, ctx.dim)
-        next_basis = sketch(rows, cols, projected, ctx.dim) if ctx.sketched else None
-        return grad_input, None, grad_bias, None, projected, next_basis, None, None
+        next_basis = None
+        if ctx.sketched and head_features is not None:
+            next_basis = gradient_of_heads(rows, cols, head_features, ctx.dim)
+        elif ctx.sketched:
+            next_basis = sketch(rows, cols, projected, ctx.dim)
+        return grad_input, None, grad_bias, None, projected, next_basis, None, None, None

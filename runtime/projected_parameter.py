@@ -10,10 +10,12 @@
 import dataclasses
 import enum
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from galore_fx.runtime.sampled_heads import SampledHeads
 from galore_fx.runtime.subspace import ProjectedDim
 
 
@@ -24,6 +26,8 @@ class GradientForm(enum.Enum):
     """R as ``leaf.grad``: the steady state."""
     SKETCHED = "sketched"
     """R, and ``G^T G P`` (or ``G G^T P``) as ``sketch_leaf.grad``: one iteration of the subspace method."""
+    HEADS = "heads"
+    """R, and the drawn heads' part of G as ``sketch_leaf.grad``: for a basis that all heads share."""
     FULL = "full"
     """G as ``weight.grad``: for an exact SVD."""
 
@@ -44,9 +48,14 @@ class ProjectedParameter:
         rank: columns of the basis.
         basis: (m, r) for ROWS, (n, r) for COLS, the weight's dtype; changed in place, never replaced.
         leaf: Z, (r, n) for ROWS, (m, r) for COLS; its ``.grad`` is R.
-        sketch_leaf: shape of the basis; its ``.grad`` is the sketch of the next basis.
+        sketch_leaf: shape of the basis; its ``.grad`` is the sketch of the next basis. Where heads are drawn, of the
+            shape of their gradient, which is its ``.grad``.
         form: what the next forward prepares the backward to deliver.
         refresh_form: what it is when the basis is due.
+        shared_roles: roles whose heads share a basis ("query", ...), if the graph shows such heads in this weight.
+        heads: those that are drawn, once they have been found.
+        head_key: the number that says which are drawn in this window.
+        sketch_hook: to be called with ``sketch_leaf`` when its ``.grad`` is complete.
     """
 
     name: str
@@ -58,6 +67,10 @@ class ProjectedParameter:
     sketch_leaf: Tensor
     form: GradientForm = GradientForm.PROJECTED
     refresh_form: GradientForm = GradientForm.SKETCHED
+    shared_roles: frozenset[str] = frozenset()
+    heads: SampledHeads | None = None
+    head_key: int = 0
+    sketch_hook: Callable[[Tensor], None] | None = None
 
     @classmethod
     def create(
@@ -70,15 +83,46 @@ class ProjectedParameter:
 
     def graph_key(self, form: GradientForm) -> tuple[object, ...]:
         """What a graph compiled for this form depends on, besides the weight itself."""
-        return (self.dim, self.rank, form, self.basis.dtype, getattr(self.basis, "bits", None))
+        drawn = self.heads.num_drawn if self.heads is not None and form is GradientForm.HEADS else 0
+        return (self.dim, self.rank, form, self.basis.dtype, getattr(self.basis, "bits", None), drawn)
 
-    def graph_inputs(self, form: GradientForm) -> tuple[Tensor, ...]:
+    def graph_inputs(self, form: GradientForm) -> dict[str, Tensor]:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
         if form is GradientForm.FULL:
-            return ()
-        if form is GradientForm.SKETCHED:
-            return (self.basis, self.leaf, self.sketch_leaf)
-        return (self.basis, self.leaf)
+            return {}
+        inputs = {"basis": self.basis, "leaf": self.leaf}
+        if form is not GradientForm.PROJECTED:
+            inputs["sketch_leaf"] = self.sketch_leaf
+        if form is GradientForm.HEADS:
+            assert self.heads is not None
+            inputs["head_features"] = self.heads.features
+        return inputs
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What this record holds through the step, besides the weight."""
+        return [self.basis, self.leaf, self.sketch_leaf, *([self.heads.features] if self.heads is not None else [])]
+
+    def share_heads(self, heads: tuple[tuple[int, ...], ...]) -> None:
+        """From the window on that is open now, a basis is found from the gradient of some heads.
+
+        Args:
+            heads: the output features of each.
+        """
+        self.heads = SampledHeads(heads, self.rank, self.weight.device)
+        self.heads.draw(self.head_key)
+        shape = self.heads.gradient_shape((self.weight.shape[0], self.weight.shape[1]), self.dim)
+        self.sketch_leaf = storage_free_leaf(shape, self.weight)
+        if self.sketch_hook is not None:
+            self.sketch_leaf.register_post_accumulate_grad_hook(self.sketch_hook)
+        if self.form is self.refresh_form:
+            self.form = GradientForm.HEADS
+        self.refresh_form = GradientForm.HEADS
+
+    def draw_heads(self, key: int) -> None:
+        """Other heads for the next window, if they are known by now; they are drawn when they are found, else."""
+        self.head_key = key
+        if self.heads is not None:
+            self.heads.draw(key)
 
     def clear(self) -> None:
         """Forget the gradients in all their forms."""

@@ -61,22 +61,24 @@ def test_what_is_not_a_linear_of_an_input_is_not_found():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dim", list(ProjectedDim))
-@pytest.mark.parametrize("form", [GradientForm.PROJECTED, GradientForm.SKETCHED])
+@pytest.mark.parametrize("form", [GradientForm.PROJECTED, GradientForm.SKETCHED, GradientForm.HEADS])
 def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias, dim, form):
     plain, given = two_linears(bias), values()
     plain(*given.values())[0].square().sum().backward()
     gm = two_linears(bias)
     targets, extra = [], []
     for index, name in ((1, "w"), (3, "v")):
-        targets.append(ProjectionTarget(index, name, dim, form))
         weight = nn.Parameter(given[name].detach())
         basis = random_basis(dim.basis_shape(tuple(weight.shape), 2), torch.Generator().manual_seed(1))
         record = ProjectedParameter.create(name, weight, dim, 2, basis)
         record.form = form
+        if form is GradientForm.HEADS:
+            record.share_heads(((0, 2), (1, 3)))  # features of the dimension that is not projected
+        targets.append(ProjectionTarget(index, name, dim, tuple(record.graph_inputs(form))))
         extra.append(record)
     gm = project_gradients(gm, (), targets=targets)
     again = values()
-    inputs = [value for record in extra for value in record.graph_inputs(form)]
+    inputs = [value for record in extra for value in record.graph_inputs(form).values()]
     out = gm(*again.values(), *inputs)[0]
     torch.testing.assert_close(out, plain(*given.values())[0])
     out.square().sum().backward()
@@ -90,6 +92,9 @@ def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias
         if form is GradientForm.SKETCHED:
             gram = grad @ grad.T if dim is ProjectedDim.ROWS else grad.T @ grad
             torch.testing.assert_close(record.sketch_leaf.grad, gram @ record.basis, rtol=1e-4, atol=1e-4)
+        if form is GradientForm.HEADS:
+            drawn = grad[record.heads.features] if dim is ProjectedDim.COLS else grad[:, record.heads.features]
+            torch.testing.assert_close(record.sketch_leaf.grad, drawn, rtol=1e-4, atol=1e-4)
 
 
 def test_project_gradients_without_targets_changes_nothing():
@@ -104,7 +109,7 @@ def test_a_second_reader_of_a_weight_is_refused():
     output = next(node for node in gm.graph.nodes if node.op == "output")
     with gm.graph.inserting_before(output):
         gm.graph.call_function(torch.sum, (weight,))
-    target = ProjectionTarget(1, "layers.0.w", ProjectedDim.COLS, GradientForm.PROJECTED)
+    target = ProjectionTarget(1, "layers.0.w", ProjectedDim.COLS, ("basis", "leaf"))
     with pytest.raises(CaptureError, match=r"layers\.0\.w is read by .*sum"):
         project_gradients(gm, (), targets=[target])
 
@@ -115,7 +120,7 @@ def test_gradcheck_of_the_input_and_bias():
     leaf = torch.zeros(5, 2, dtype=torch.float64)
 
     def function(x, b):
-        return ProjectedLinear.apply(x, w.detach(), b, basis, leaf, None, WeightLayout.OUT_IN, ProjectedDim.COLS)
+        return ProjectedLinear.apply(x, w.detach(), b, basis, leaf, None, None, WeightLayout.OUT_IN, ProjectedDim.COLS)
 
     assert torch.autograd.gradcheck(function, (x, b))
 
@@ -268,7 +273,7 @@ def test_products_in_every_form_are_found_and_projected(product, layout):
         "w", weight, ProjectedDim.COLS, 2, random_basis((4, 2), torch.Generator().manual_seed(0))
     )
     names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    target = ProjectionTarget(names.index(site.weight.name), "w", record.dim, GradientForm.PROJECTED)
+    target = ProjectionTarget(names.index(site.weight.name), "w", record.dim, ("basis", "leaf"))
     gm = project_gradients(gm, (), targets=[target])
     given = [weight if name == site.weight.name else x for name in names]
     gm(*given, record.basis, record.leaf)[0].square().sum().backward()
@@ -286,6 +291,6 @@ def test_a_transposed_weight_that_is_read_twice_is_refused():
     gm = capture(function, torch.randn(3, 4), nn.Parameter(torch.randn(4, 4)))
     (site,) = find_linears(gm)
     index = [node for node in gm.graph.nodes if node.op == "placeholder"].index(site.weight)
-    target = ProjectionTarget(index, "w", ProjectedDim.COLS, GradientForm.PROJECTED)
+    target = ProjectionTarget(index, "w", ProjectedDim.COLS, ("basis", "leaf"))
     with pytest.raises(CaptureError, match="w is read by .*sum"):
         project_gradients(gm, (), targets=[target])

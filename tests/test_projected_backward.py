@@ -67,6 +67,17 @@ def _model_and_shapes(form: GradientForm) -> tuple[Any, set[tuple[int, ...]]]:
     return model, {tuple(record.weight.shape) for record in records}
 
 
+def test_a_refresh_from_one_head_forms_the_gradient_of_this_head_only(graphs):
+    model = llama(num_layers=1, num_key_value_heads=2)
+    galore_fx.compile(model, rank=8, optimizer=adamw(), project="input", cross_head="query-key")
+    backward(model, batches(1, BATCH, SEQ)[0])
+    shapes = {tuple(record.weight.shape) for record in model.galore_fx.optimizer.records}
+    assert sum(record.heads is not None for record in model.galore_fx.optimizer.records) == 2
+    assert all(weight_sized_values(gm, shapes) == [] for gm in graphs)
+    # q and k: one head of 16 features by 64 inputs.
+    assert len(weight_sized_values(graphs[1], {(16, 64)})) == 2
+
+
 @pytest.mark.parametrize("form", [GradientForm.PROJECTED, GradientForm.SKETCHED])
 def test_no_value_of_a_projected_weights_shape_is_computed(graphs, form):
     model, shapes = _model_and_shapes(form)

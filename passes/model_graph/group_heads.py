@@ -75,6 +75,32 @@ def group_heads(gm: fx.GraphModule) -> list[HeadGroup]:
     return list(dict.fromkeys(found))
 
 
+def shared_heads(
+    groups: Sequence[HeadGroup], placeholder: int, roles: frozenset[str], rank: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """The heads of a weight that may share a basis; None where it has none, or too few for the rank.
+
+    Where queries, keys and values are one weight, a head is all rows of it that belong to a query head.
+
+    Args:
+        groups: what ``group_heads`` found.
+        placeholder: the weight's.
+        roles: those that are to share; a weight with one of them shares as a whole.
+        rank: columns of the basis.
+    """
+    own = [group for group in groups if group.placeholder == placeholder and group.role != "output"]
+    if not any(group.role in roles for group in own):
+        return None
+    if len({group.role for group in own}) != len(own):
+        return None  # two attentions read it
+    num_heads = max(group.num_heads for group in own)
+    heads = []
+    for index in range(num_heads):
+        parts = (group.heads[index * group.num_heads // num_heads] for group in own)
+        heads.append(tuple(feature for part in parts for feature in part))
+    return tuple(heads) if rank <= num_heads * len(heads[0]) else None
+
+
 def _inputs_of(parts: AttentionParts, numbers: dict[fx.Node, int]) -> list[HeadGroup]:
     groups = []
     for role, value in zip(_ROLES, (parts.query, parts.key, parts.value), strict=True):

@@ -1,7 +1,7 @@
 """Pass: replace the linears of projected weights by ones that deliver the projected gradient.
 
     before   W, x          linear(x, W, b)
-    after    W, x, P, Z    projected_linear(x, W, b, P, Z, ...)      P, Z: new placeholders, after all others
+    after    W, x, P, Z    projected_linear(x, W, b, {P, Z}, ...)    P, Z: new placeholders, after all others
 
 and the same inside torch's multi-head attention, which becomes ``projected_attention``.
 
@@ -27,7 +27,6 @@ from galore_fx.passes.model_graph.find_linears import (
 from galore_fx.passes.pass_runner import Effect, note_effect
 from galore_fx.runtime.projected_attention import projected_attention
 from galore_fx.runtime.projected_linear import projected_linear
-from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.runtime.subspace import ProjectedDim
 
 _KEPT_META = ("example_value", "nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
@@ -41,13 +40,14 @@ class ProjectionTarget:
         placeholder: index among the graph's placeholders.
         name: the parameter's name, for messages.
         dim: the projected dimension.
-        form: PROJECTED or SKETCHED; a FULL weight is no target.
+        inputs: names of what the weight's record gives for the form that is wanted, in the order of the placeholders;
+            a weight that wants its full gradient is no target.
     """
 
     placeholder: int
     name: str
     dim: ProjectedDim
-    form: GradientForm
+    inputs: tuple[str, ...]
 
 
 def project_gradients(
@@ -71,17 +71,15 @@ def project_gradients(
                 f"{target.name} is read by {reader.format_node()}, which is not a linear layer; "
                 "its projected gradient would miss that use"
             )
-        new = []
-        for name in ("basis", "leaf", "sketch_leaf")[: 3 if target.form is GradientForm.SKETCHED else 2]:
+        new = {}
+        for name in target.inputs:
             with gm.graph.inserting_after(last):
-                last = gm.graph.placeholder(f"{name}_{target.placeholder}")
-            new.append(last)
-        basis, leaf, sketch_leaf = (*new, None)[:3]
+                last = new[name] = gm.graph.placeholder(f"{name}_{target.placeholder}")
         for site in uses:
             if isinstance(site, AttentionSite):
-                _replace_in_attention(site, (basis, leaf, sketch_leaf, target.dim.value))
+                _replace_in_attention(site, (new, target.dim.value))
             else:
-                _replace_linear(gm.graph, site, (basis, leaf, sketch_leaf), target.dim)
+                _replace_linear(gm.graph, site, new, target.dim)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     note_effect(gm, _effect(targets, len(placeholders), example_inputs))
@@ -91,17 +89,20 @@ def project_gradients(
 def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs: Sequence[Any]) -> Effect:
     """Bytes of the gradients that leave the graph, where the examples of all its inputs are at hand."""
     what = "weights whose gradient leaves as R"
-    if any(target.form is GradientForm.SKETCHED for target in targets):
+    if any("sketch_leaf" in target.inputs for target in targets):
         what += " with the next basis's sketch"
+    num_shared = sum("head_features" in target.inputs for target in targets)
+    if num_shared:
+        what += f", {num_shared} of them from some heads"
     if len(example_inputs) <= num_inputs:
         return Effect(len(targets), what)
     full = projected = 0
     position = num_inputs
     for target in targets:
-        num_extra = 3 if target.form is GradientForm.SKETCHED else 2
+        given = dict(zip(target.inputs, example_inputs[position:], strict=False))
         full += example_inputs[target.placeholder].nbytes
-        projected += sum(leaf.nbytes for leaf in example_inputs[position + 1 : position + num_extra])
-        position += num_extra
+        projected += sum(given[name].nbytes for name in target.inputs if name.endswith("leaf"))
+        position += len(given)
     return Effect(len(targets), what, full, projected)
 
 
@@ -113,9 +114,9 @@ def _other_readers(weight: fx.Node, uses: list[LinearSite | AttentionSite]) -> l
     return [reader for reader in readers if reader not in products | transposed]
 
 
-def _replace_linear(graph: fx.Graph, site: LinearSite, extra: tuple[Any, ...], dim: ProjectedDim) -> None:
+def _replace_linear(graph: fx.Graph, site: LinearSite, inputs: dict[str, fx.Node], dim: ProjectedDim) -> None:
     site = read_product(site.node)  # as it is now: a linear before it may have been replaced
-    arguments: tuple[Any, ...] = (site.input, site.weight, site.bias, *extra, site.layout.value, dim.value)
+    arguments: tuple[Any, ...] = (site.input, site.weight, site.bias, inputs, site.layout.value, dim.value)
     with graph.inserting_before(site.node):
         node = graph.call_function(projected_linear, arguments)
     node.meta = {key: site.node.meta[key] for key in _KEPT_META if key in site.node.meta}

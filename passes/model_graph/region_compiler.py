@@ -19,7 +19,7 @@ from torch import fx
 
 from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.dequantize_inputs import StoredInput, dequantize_inputs
-from galore_fx.passes.model_graph.group_heads import HeadGroup, group_heads
+from galore_fx.passes.model_graph.group_heads import HeadGroup, group_heads, shared_heads
 from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
@@ -168,11 +168,19 @@ class CapturedRegion:
 
     def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
         """The record of each parameter among the inputs, None for one that is not projected."""
-        return [REGISTRY.get(inputs[i]) for i in self.parameters]
+        found = [REGISTRY.get(inputs[i]) for i in self.parameters]
+        for placeholder, record in zip(self.parameters, found, strict=True):
+            if record is not None and record.shared_roles and record.heads is None:
+                heads = shared_heads(self.heads, placeholder, record.shared_roles, record.rank)
+                if heads is None:
+                    record.shared_roles = frozenset()  # an ordinary matrix
+                else:
+                    record.share_heads(heads)
+        return found
 
     def graph_inputs(self, inputs: Sequence[object], records: list[ProjectedParameter | None]) -> list[object]:
         """What the variant takes for the inputs that Dynamo gives."""
-        extra = (value for record in records if record for value in record.graph_inputs(record.form))
+        extra = (value for record in records if record for value in record.graph_inputs(record.form).values())
         values = [*inputs, *extra]
         wants_gradient = self._wants_gradient(records, [record.form if record else None for record in records])
         return _in_parts(values, _stored_inputs(values, wants_gradient))
@@ -234,10 +242,14 @@ class CapturedRegion:
             for index, record, form in zip(self.parameters, records, forms, strict=True)
             if record is not None and form is not None and form is not GradientForm.FULL
         ]
-        targets = [ProjectionTarget(index, record.name, record.dim, form) for index, record, form in wanted]
+        targets = [
+            ProjectionTarget(index, record.name, record.dim, tuple(record.graph_inputs(form)))
+            for index, record, form in wanted
+        ]
         fake_mode = self._context.fake_mode
         assert fake_mode is not None and fake_mode.shape_env is not None
-        extra = [_fake_like(value, fake_mode) for _, record, form in wanted for value in record.graph_inputs(form)]
+        given = (value for _, record, form in wanted for value in record.graph_inputs(form).values())
+        extra = [_fake_like(value, fake_mode) for value in given]
         values = [*self._fakes, *extra]
         stored = _stored_inputs(values, self._wants_gradient(records, forms), fake_mode)
         passes: list[GraphPass] = [functools.partial(project_gradients, targets=targets)] if targets else []

@@ -1,0 +1,124 @@
+"""Cross-head projection: the basis of one head, drawn anew at each refresh, serves all heads of a weight."""
+
+import pytest
+import torch
+
+import galore_fx
+from galore_fx.runtime.projected_parameter import GradientForm
+from galore_fx.runtime.sampled_heads import SampledHeads, basis_of_heads
+from galore_fx.runtime.subspace import ProjectedDim, exact_basis
+from tests.models import adamw, backward, batches, gpt2, llama
+
+CROSS = {"project": "input", "cross_head": "query-key", "refresh_gap": 3, "stagger": False}
+
+
+def _span(basis):
+    return basis @ basis.T
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (12, 12)])
+@pytest.mark.parametrize("dim", list(ProjectedDim))
+def test_the_small_gram_matrix_gives_the_leading_singular_vectors(shape, dim):
+    grad = torch.randn(shape) @ torch.diag(0.7 ** torch.arange(shape[1]))
+    grad = grad if dim is ProjectedDim.COLS else grad.T
+    torch.testing.assert_close(_span(basis_of_heads(grad, 4, dim)), _span(exact_basis(grad, 4, dim)), atol=1e-4, rtol=0)
+
+
+def test_a_gradient_of_nan_gives_no_basis():
+    assert basis_of_heads(torch.full((4, 8), torch.nan), 2, ProjectedDim.COLS) is None
+    assert basis_of_heads(torch.zeros(4, 8), 2, ProjectedDim.COLS) is None
+
+
+@pytest.mark.parametrize(("make", "num_shared"), [(llama, 2), (gpt2, 1)])
+@pytest.mark.parametrize("recipe", ["auto", "galore"])
+def test_the_new_basis_is_that_of_the_drawn_heads(make, num_shared, recipe):
+    """Llama: of q and of k, each its own head; GPT-2: of the rows of q, k and v together (stored as columns)."""
+    model, plain = galore_fx.compile(make(1), recipe=recipe, rank=12, optimizer=adamw(), **CROSS), make(1)
+    ids = batches(1)[0]
+    backward(plain, ids)
+    backward(model, ids)
+    shared = [record for record in model.galore_fx.optimizer.records if record.heads is not None]
+    assert len(shared) == num_shared
+    features = {record.name: record.heads.features.clone() for record in shared}
+    assert all(record.form is GradientForm.HEADS for record in shared)
+    model.galore_fx.optimizer.step()
+    grads = {name: p.grad for name, p in plain.named_parameters()}
+    for record in shared:
+        grad = grads[record.name]
+        of_heads = grad[features[record.name]] if make is llama else grad[:, features[record.name]]
+        assert len(features[record.name]) == 16 * (1 if make is llama else 3)
+        expected = exact_basis(of_heads, 12, record.dim)
+        torch.testing.assert_close(_span(record.basis), _span(expected), atol=1e-3, rtol=0)
+
+
+def test_more_heads_where_the_rank_exceeds_one():
+    model = galore_fx.compile(llama(1, num_key_value_heads=2), rank=24, optimizer=adamw(), **CROSS)
+    backward(model, batches(1)[0])
+    drawn = {r.name: r.heads.features for r in model.galore_fx.optimizer.records if r.heads is not None}
+    assert {name.split(".")[-2]: len(features) for name, features in drawn.items()} == {"q_proj": 32, "k_proj": 32}
+    model.galore_fx.optimizer.step()
+    for record in model.galore_fx.optimizer.records:
+        identity = torch.eye(record.rank)
+        assert float((record.basis.T @ record.basis - identity).abs().max()) < 1e-5
+
+
+def test_values_join_where_they_are_asked_to():
+    model = galore_fx.compile(llama(1), rank=8, optimizer=adamw(), **CROSS | {"cross_head": "query-key-value"})
+    backward(model, batches(1)[0])
+    assert sum(record.heads is not None for record in model.galore_fx.optimizer.records) == 3
+
+
+def test_every_head_is_drawn_and_the_draw_follows_from_its_number():
+    heads = SampledHeads(tuple((2 * h, 2 * h + 1) for h in range(8)), 3, torch.device("cpu"))
+    seen = set()
+    for key in range(-40, 40):
+        heads.draw(key)
+        first = heads.features.clone()
+        heads.draw(key)
+        assert torch.equal(first, heads.features)
+        assert len(set(first.tolist())) == 4
+        seen.update(first.tolist())
+    assert seen == set(range(16))
+    with pytest.raises(ValueError, match="8 heads of 2 features cannot give a basis of rank 17"):
+        SampledHeads(tuple((2 * h, 2 * h + 1) for h in range(8)), 17, torch.device("cpu"))
+
+
+def test_resume_draws_the_same_heads():
+    def make():
+        return galore_fx.compile(llama(1), rank=8, optimizer=adamw(), **CROSS)
+
+    ids = batches(8)
+
+    def train(model, parts):
+        for batch in parts:
+            backward(model, batch)
+            model.galore_fx.optimizer.step()
+
+    straight, stopped, resumed = make(), make(), make()
+    train(straight, ids)
+    train(stopped, ids[:6])  # the next window refreshes, before the resumed model has seen a graph
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
+    train(resumed, ids[6:])
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_peak_is_predicted_to_the_byte():
+    from galore_fx.measurement import counted_peak
+
+    ids = batches(1)[0]
+    sample = {"input_ids": ids, "labels": ids}
+    model = galore_fx.compile(llama(2), "1GB", sample=sample, recipe="galore", rank=8, optimizer=adamw(), **CROSS)
+    assert counted_peak(model, sample) == model.galore_fx.plan.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"cross_head": "all", "project": "input"}, "cross_head='all' is not one of query-key, query-key-value"),
+        ({"cross_head": "query-key"}, "project='shorter' may project the outputs; use project='input'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(parts, message):
+    with pytest.raises(galore_fx.SettingError, match=message):
+        galore_fx.compile(llama(1), optimizer=adamw(), **parts)
