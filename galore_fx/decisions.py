@@ -18,6 +18,7 @@ from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe, resolve_recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
+from galore_fx.runtime.moment_transfer import check_rotates
 from galore_fx.sample_trial import check_sample
 from galore_fx.units import parse_bytes
 
@@ -78,6 +79,8 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
     if request.sample is not None:
         check_sample(model, request.sample)
     layout = updates.layout(updates.read(instance.param_groups[0]), instance.param_groups[0])
+    if resolved.projects and resolved.moments_on_refresh == "rotate":
+        check_rotates(layout, type(instance).__name__)
     made = plan_parameters(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         regions,

@@ -92,6 +92,7 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         by_first_vector=recipe.lazy_statistic == "first-vector",
         refresh_limit=recipe.refresh_limit,
         exact=exact,
+        moments_on_refresh=recipe.moments_on_refresh,
         scale=recipe.scale,
         in_backward=recipe.update == "in-backward",
         max_grad_norm=recipe.max_grad_norm,

@@ -7,6 +7,7 @@ basis         svd | subspace-iteration
 cross_head    query-key | query-key-value: one head's basis for all heads of these; None: each weight its own
 refresh       fixed | lazy: a basis whose subspace stays is renewed less and less often
 refresh_gap   updates between two refreshes of the same basis; the first such gap where they are lazy
+moments_on_refresh  keep | rotate | reset: the optimizer's states when their basis is exchanged
 lazy_statistic  overlap | first-vector: what tells that a subspace stays
 lazy_threshold  from where on it does, 0 to 1
 lazy_queue    refreshes whose mean statistic decides
@@ -32,6 +33,7 @@ from galore_fx.errors import SettingError
 Project = Literal["shorter", "input", "output"]
 Basis = Literal["svd", "subspace-iteration"]
 CrossHead = Literal["query-key", "query-key-value"]
+MomentsOnRefresh = Literal["keep", "rotate", "reset"]
 Refresh = Literal["fixed", "lazy"]
 LazyStatistic = Literal["overlap", "first-vector"]
 Update = Literal["deferred", "in-backward"]
@@ -55,6 +57,8 @@ class Recipe:
             projected as others are.
         refresh: when a basis is renewed: at a fixed gap, or lazily, each weight at a gap of its own that doubles while
             its subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2).
+        moments_on_refresh: with a new basis, states stay as they are (GaLore), are expressed in it (LDAdam, Robert et
+            al. 2024, arXiv:2410.16103), or start anew.
         refresh_gap: updates between two refreshes of one basis (GaLore's T).
         lazy_statistic: share of the new gradient's energy that the old subspace holds, beyond chance (ours); or |cos|
             between the first vectors of two bases (Q-GaLore).
@@ -86,6 +90,7 @@ class Recipe:
     basis: Basis = "subspace-iteration"
     cross_head: CrossHead | None = None
     refresh: Refresh = "fixed"
+    moments_on_refresh: MomentsOnRefresh = "keep"
     refresh_gap: int = 50
     lazy_statistic: LazyStatistic = "overlap"
     lazy_threshold: float = 0.6
@@ -133,7 +138,6 @@ RECIPES = {
 NOT_BUILT_YET = ("galore+", "gradnormlorp", "galore2", "lotus", "vlorp", "fira")
 PARTS_NOT_BUILT_YET = (
     "granularity",
-    "moments_on_refresh",
     "residual",
     "weight_norm",
 )
@@ -178,6 +182,7 @@ def _check(recipe: Recipe) -> None:
         "project": Project,
         "basis": Basis,
         "refresh": Refresh,
+        "moments_on_refresh": MomentsOnRefresh,
         "lazy_statistic": LazyStatistic,
         "update": Update,
         "rounding": Rounding,

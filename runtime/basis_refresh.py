@@ -37,6 +37,7 @@ class BasisRefresh:
         by_first_vector: measure stability by the first vectors and not by the overlap.
         observe: is told of each refresh.
         numbers: the position of each weight, which with the number of updates says which heads are drawn.
+        transfer: is told of each new basis before it takes the old one's place.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class BasisRefresh:
         by_first_vector: bool,
         observe: Observer,
         numbers: Mapping[int, int],
+        transfer: Callable[[ProjectedParameter, Tensor], None],
     ) -> None:
         self.queue = queue
         self.counters = counters
@@ -56,6 +58,7 @@ class BasisRefresh:
         self._by_first_vector = by_first_vector
         self._observe = observe
         self._numbers = numbers
+        self._transfer = transfer
         self._sketches: dict[int, Tensor] = {}
         self._named: set[str] = set()
 
@@ -144,6 +147,7 @@ class BasisRefresh:
                     by_first_vector = self._by_first_vector
                     stability = first_vector_cosine(record.basis, basis) if by_first_vector else overlap(basis)
                     self.queue.note_stability(key, stability)
+                self._transfer(record, basis)
                 record.basis.copy_(basis)
                 self.counters.num_refreshes += 1
                 self.queue.finish(key)

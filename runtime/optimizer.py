@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from galore_fx.errors import UsageError
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
+from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments
 from galore_fx.runtime.optimizer_state import SCALES, STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
@@ -52,6 +53,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         by_first_vector: measure stability by the first vectors of two bases and not by their overlap.
         refresh_limit: how many regions may refresh in the same update, None for all that are due.
         exact: exact SVD instead of subspace iteration.
+        moments_on_refresh: "keep", "rotate" or "reset": what becomes of a weight's states with a new basis.
         scale: factor of back-projected updates.
         in_backward: update inside the backward.
         max_grad_norm: clip before each update, None for not.
@@ -71,6 +73,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         by_first_vector: bool,
         refresh_limit: int | None,
         exact: bool,
+        moments_on_refresh: str,
         scale: float,
         in_backward: bool,
         max_grad_norm: float | None,
@@ -86,6 +89,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._records = {id(record.weight): record for record in records}
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
         self._rounding_seed = rounding_seed
+        self._moments_on_refresh = moments_on_refresh
         self._scale = scale
         self._updated: set[int] = set()
         self.observe: Observer = _unobserved
@@ -99,6 +103,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             by_first_vector=by_first_vector,
             observe=lambda what, grad: self.observe(what, grad),
             numbers=self._numbers,
+            transfer=self._transfer_moments,
         )
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         for parameter in self._parameters():
@@ -341,6 +346,17 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             )
         if started is not None:
             started.fill_(1.0)
+
+    def _transfer_moments(self, record: ProjectedParameter, basis: Tensor) -> None:
+        """What becomes of a weight's states when this basis takes the old one's place."""
+        state = self.state[record.weight]
+        if self._moments_on_refresh == "reset":
+            reset_moments(state, self._new_state(record.weight))
+        elif self._moments_on_refresh == "rotate":
+            group = self._groups[id(record.weight)]
+            layout = self._updates.layout(self._settings_of(group), group)
+            rotation = basis.float().T @ record.basis.float()
+            rotate_moments(state, rotation, record.dim, record.leaf.shape, group, layout)
 
     def _rounding_key(self, parameter: nn.Parameter) -> int | None:
         """Another one for each parameter and update, and the same in a run that is resumed."""
