@@ -22,6 +22,7 @@ from galore_fx.plan_record import Prediction
 from galore_fx.quantization import quantize_weights
 from galore_fx.runtime.compatibility import num_captured_graphs, tree_leaves
 from galore_fx.runtime.dispatch import TrainingForward
+from galore_fx.runtime.optimizer_state import is_of_residual
 from galore_fx.runtime.quantized_tensor import stored_tensors
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class FakeTraining:
         num_elements: int,
     ) -> None:
         # Refreshes come when they are asked for, and all at once.
-        endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9, refresh_limit=None)
+        endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9, refresh_limit=None, residual_warm_up=0)
         self._refresh_limit = decisions.recipe.refresh_limit
         self._simulator, self._fake, self._counter = simulator, fake, counter
         self._members, self._names = played_blocks.members, played_blocks.names
@@ -142,7 +143,8 @@ class FakeTraining:
                 loss.backward()
                 del loss
             self._calls.settle()
-            gradients = [record.leaf.grad for record in self._optimizer.records] + [p.grad for p in fake.parameters()]
+            leaves = (leaf for record in self._optimizer.records for leaf in record.gradient_leaves())
+            gradients = [leaf.grad for leaf in (*leaves, *fake.parameters())]
             counter.claim([grad for grad in gradients if grad is not None], "gradients")
             del gradients
         with counter.within("update", "workspace"):
@@ -220,7 +222,8 @@ class FakeTraining:
             states = [optimizer.state[p] for p in parameters if p in optimizer.state]
             count("weights", times, [*parameters, *module.buffers()])
             count("bases", times, [t for r in own for t in r.kept_tensors()])
-            count("optimizer_state", times, [t for state in states for t in state.values()])
+            count("optimizer_state", times, [t for state in states for k, t in state.items() if not is_of_residual(k)])
+            count("residuals", times, [t for state in states for k, t in state.items() if is_of_residual(k)])
         count("activations", 1, [*self._args, *self._kwargs.values()])
         return found
 

@@ -8,6 +8,7 @@ from galore_fx.handle import Compiled
 from galore_fx.plan_record import Plan
 from galore_fx.runtime.meter import count_memory, tensor_bytes
 from galore_fx.runtime.optimizer import SubspaceOptimizer
+from galore_fx.runtime.optimizer_state import is_of_residual
 from galore_fx.runtime.peak_watch import CudaMeter, PeakWatch
 from galore_fx.sample import call_arguments
 
@@ -64,11 +65,19 @@ def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:
 def kept_bytes(model: nn.Module, optimizer: SubspaceOptimizer) -> dict[str, int]:
     """Bytes that live between the steps, by category as in ``Prediction.kept``."""
     bases = [t for record in optimizer.records for t in record.kept_tensors()]
-    states = [t for state in optimizer.state.values() for t in state.values()]
-    weights = tensor_bytes([*model.parameters(), *model.buffers()])
-    with_bases = tensor_bytes([*model.parameters(), *model.buffers(), *bases])
-    with_states = tensor_bytes([*model.parameters(), *model.buffers(), *bases, *states])
-    return {"weights": weights, "bases": with_bases - weights, "optimizer_state": with_states - with_bases}
+    states = [(name, tensor) for state in optimizer.state.values() for name, tensor in state.items()]
+    categories = {
+        "weights": [*model.parameters(), *model.buffers()],
+        "bases": bases,
+        "optimizer_state": [tensor for name, tensor in states if not is_of_residual(name)],
+        "residuals": [tensor for name, tensor in states if is_of_residual(name)],
+    }
+    found, seen = {}, list[Tensor]()
+    for category, tensors in categories.items():
+        before = tensor_bytes(seen)
+        seen += tensors
+        found[category] = tensor_bytes(seen) - before
+    return found
 
 
 def watch_peak(model: nn.Module, optimizer: SubspaceOptimizer, plan: Plan) -> PeakWatch | None:
@@ -76,7 +85,7 @@ def watch_peak(model: nn.Module, optimizer: SubspaceOptimizer, plan: Plan) -> Pe
     device = next(model.parameters()).device
     if plan.prediction is None or device.type != "cuda":
         return None
-    kept = {name: plan.prediction.kept.get(name, 0) for name in ("weights", "bases", "optimizer_state")}
+    kept = {name: plan.prediction.kept.get(name, 0) for name in ("weights", "bases", "optimizer_state", "residuals")}
     watch = PeakWatch(
         CudaMeter(device),
         plan.prediction.peak_bytes,

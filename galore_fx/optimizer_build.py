@@ -16,6 +16,7 @@ from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.refresh_schedule import SUBSPACE_ITERATION_WARM_UP, FixedSchedule, LazyGaps
+from galore_fx.runtime.sparse_residual import SparseResidual
 from galore_fx.runtime.subspace import ProjectedDim, random_basis
 
 _SEED = 0
@@ -56,7 +57,8 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
     """One record per projected parameter, found by its weight from then on, and the region it belongs to."""
     weights = {w.name: w.weight for region in decisions.regions for w in region.weights}
     generator = torch.Generator().manual_seed(_SEED)
-    records, layers = [], []
+    records: list[ProjectedParameter] = []
+    layers = []
     for entry in decisions.plan.parameters:
         if entry.rank is None or entry.dim is None or entry.region is None:
             continue
@@ -67,6 +69,14 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
             basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
         record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
         record.shared_roles = frozenset((decisions.recipe.cross_head or "").split("-")) - {""}
+        if decisions.recipe.residual == "sparse":
+            record.residual = SparseResidual.create(
+                weight,
+                decisions.recipe.residual_density,
+                rectified=decisions.recipe.residual_variant == "rectified",
+                warm_up=decisions.recipe.residual_warm_up,
+                key=len(records),
+            )
         REGISTRY.add(record)
         records.append(record)
         layers.append(entry.region)

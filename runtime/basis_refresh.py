@@ -13,6 +13,7 @@ from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParamet
 from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import RefreshQueue
 from galore_fx.runtime.sampled_heads import basis_of_heads
+from galore_fx.runtime.sparse_residual import entries_of
 from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis, orthonormalize, project, sketch_of
 
@@ -109,6 +110,9 @@ class BasisRefresh:
             )
         projected = project(grad, record.basis, record.dim)
         record.leaf.grad = projected if record.leaf.grad is None else record.leaf.grad + projected
+        if record.residual is not None:
+            leaf, entries = record.residual.leaf, entries_of(grad, record.residual.columns)
+            leaf.grad = entries if leaf.grad is None else leaf.grad + entries
         record.weight.grad = None
 
     def apply_sketches(self) -> None:

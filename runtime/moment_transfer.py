@@ -46,12 +46,11 @@ def reset_moments(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> N
     """Puts a parameter's states back to what they were before its first update, in place.
 
     Args:
-        state: of the parameter.
-        fresh: what a new parameter would have; its basis is left out.
+        state: of the parameter; those of its residual do not depend on the basis and stay.
+        fresh: what a new parameter would have.
     """
-    for name, value in state.items():
-        if name != "basis":
-            value.copy_(fresh[name])
+    for name, value in fresh.items():
+        state[name].copy_(value)
 
 
 def rotate_moments(

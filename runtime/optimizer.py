@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_fx.errors import UsageError
+from galore_fx.errors import OptimizerError, UsageError
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments
-from galore_fx.runtime.optimizer_state import SCALES, STATE_VERSION, Counters, restore
+from galore_fx.runtime.optimizer_state import RESIDUAL, SCALES, STATE_VERSION, Counters, restore
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshQueue
+from galore_fx.runtime.residual_training import ResidualTraining
 from galore_fx.runtime.update_protocol import Updates
 
 
@@ -106,6 +107,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             transfer=self._transfer_moments,
         )
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._residuals = ResidualTraining(records, self.state, self.counters, self._numbers, self._state_like)
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
         for record in records:
@@ -208,7 +210,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
         """
-        extra = restore(self.state, self.param_groups, state_dict)
+        before = self.counters.num_updates
+        self._residuals.set_learning(state_dict.get("galore_fx", {}).get("num_updates", before))
+        try:
+            extra = restore(self.state, self.param_groups, state_dict)
+        except OptimizerError:
+            self._residuals.set_learning(before)
+            raise
         self.counters.load(extra)
         self.refreshes.queue.load_state(extra, list(map(id, self._parameters())))
         self.zero_grad()
@@ -233,6 +241,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._updated.clear()
         if updated:
             self.counters.num_updates += 1
+            self._residuals.set_learning(self.counters.num_updates)
             self._open_window()
 
     # Deferred.
@@ -273,6 +282,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters():
             record = self._records.get(id(parameter))
             yield record.leaf if record is not None else parameter
+            if record is not None and record.residual is not None:
+                yield record.residual.leaf
 
     # In the backward.
 
@@ -289,6 +300,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             parameter.register_post_accumulate_grad_hook(weak_hook(self, "_update_at_once", parameter))
             if record is not None:
                 record.leaf.register_post_accumulate_grad_hook(weak_hook(self, "_update_at_once", parameter))
+                if record.residual is not None:
+                    hook = weak_hook(self, "_update_at_once", parameter)
+                    record.residual.leaf.register_post_accumulate_grad_hook(hook)
 
     def _keep_sketch(self, parameter: nn.Parameter, _leaf: Tensor) -> None:
         record = self._records[id(parameter)]
@@ -308,9 +322,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "gradients"
             )
         record = self._records.get(id(parameter))
+        if record is not None and holder is not parameter:
+            if any(leaf.grad is None for leaf in record.gradient_leaves()):
+                return  # R has come and the entries of its residual have not, or the other way round
+            holder = record.leaf
         with torch.no_grad():
-            if record is not None and holder is parameter:
-                self.refreshes.project_full(record, holder.grad)
+            if record is not None and parameter.grad is not None:
+                self.refreshes.project_full(record, parameter.grad)
                 holder = record.leaf
             grad, holder.grad = holder.grad, None
             assert grad is not None
@@ -333,6 +351,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         started = state.get("started")
         first = started is not None and float(started) == 0.0
         with self.observe("update", grad):
+            entries = self._residuals.entries(record, grad)
             self._updates.update(
                 parameter,
                 grad,
@@ -343,15 +362,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 self._scale,
                 first=first,
                 rounding_key=self._rounding_key(parameter),
+                entries=entries,
             )
         if started is not None:
             started.fill_(1.0)
+            if entries is not None:
+                state[f"{RESIDUAL}started"].fill_(1.0)
 
     def _transfer_moments(self, record: ProjectedParameter, basis: Tensor) -> None:
         """What becomes of a weight's states when this basis takes the old one's place."""
         state = self.state[record.weight]
         if self._moments_on_refresh == "reset":
-            reset_moments(state, self._new_state(record.weight))
+            reset_moments(state, self._state_like(record.weight, record.leaf))
         elif self._moments_on_refresh == "rotate":
             group = self._groups[id(record.weight)]
             layout = self._updates.layout(self._settings_of(group), group)
@@ -373,21 +395,28 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 missing = wanted - self.state[parameter].keys()
                 if missing:  # a setting has left zero that brings a state with it, as SGD's momentum does
                     new = self._new_state(parameter)
-                    added = (*missing, *(name + SCALES for name in missing), "started")
+                    added = [*missing, *(name + SCALES for name in missing), "started"]
+                    added += [RESIDUAL + name for name in added]
                     self.state[parameter].update({name: new[name] for name in added if name in new})
         return self._settings[id(group)]
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        record = self._records.get(id(parameter))
+        state = self._state_like(parameter, record.leaf if record is not None else parameter)
+        if record is None:
+            return state
+        return state | {"basis": record.basis} | self._residuals.new_state(record)
+
+    def _state_like(self, parameter: Tensor, like: Tensor) -> dict[str, Tensor]:
+        """New states of the class for a parameter and a gradient of the shape of ``like``."""
         group = self._groups[id(parameter)]
         layout = self._updates.layout(self._updates.read(group), group)
-        record = self._records.get(id(parameter))
-        like = record.leaf if record is not None else parameter
         state = layout.format.make(layout.initial, like, parameter.dtype)
         state |= {name: torch.tensor(value, dtype=torch.float32) for name, value in layout.scalars.items()}
         if None in layout.initial.values():
             # Some of the state is made by the first step (SGD's momentum), whose graph is another one.
             state["started"] = torch.tensor(0.0)
-        return state | ({"basis": record.basis} if record is not None else {})
+        return state
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])

@@ -11,7 +11,9 @@ from galore_fx.errors import OptimizerError
 from galore_fx.runtime.blockwise import BLOCK, MIN_ELEMENTS, code_of_zero, num_blocks, stored_bytes
 
 SCALES = "_scales"
-STATE_VERSION = 3
+# Before the names of the states of a weight's residual.
+RESIDUAL = "residual_"
+STATE_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,16 @@ def _code_of_one(value: float, *, signed: bool) -> int:
     if value < 0:
         raise OptimizerError(f"a state that starts at {value} cannot be kept in 8 bits; use state_bits=32")
     return 255 if value else code_of_zero(signed=signed)
+
+
+def is_of_residual(name: str) -> bool:
+    """Whether a state of this name belongs to a weight's residual."""
+    return name.startswith(RESIDUAL) or name in ("columns", "scores")
+
+
+def residual_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The states of a weight's residual, under the names that the optimizer class gives them."""
+    return {name.removeprefix(RESIDUAL): value for name, value in state.items() if name.startswith(RESIDUAL)}
 
 
 @dataclasses.dataclass

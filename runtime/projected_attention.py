@@ -47,9 +47,11 @@ class _Projected:
     def split(self, sizes: list[int]) -> Any:
         if self.dim == ProjectedDim.ROWS.value:
             return self.weight.split(sizes)
-        parts = zip(self.weight.split(sizes), self.inputs["leaf"].split(sizes), strict=True)
+        by_rows = [name for name in ("leaf", "residual_leaf", "residual_columns") if name in self.inputs]
+        parts = zip(*(self.inputs[name].split(sizes) for name in by_rows), strict=True)
         return tuple(
-            dataclasses.replace(self, weight=weight, inputs={**self.inputs, "leaf": leaf}) for weight, leaf in parts
+            dataclasses.replace(self, weight=weight, inputs={**self.inputs, **dict(zip(by_rows, part, strict=True))})
+            for weight, part in zip(self.weight.split(sizes), parts, strict=True)
         )
 
     def chunk(self, count: int) -> Any:

@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from galore_fx.runtime.sampled_heads import gradient_of_heads
+from galore_fx.runtime.sparse_residual import gradient_at
 from galore_fx.runtime.subspace import ProjectedDim
+
+# What the record of a weight may give, in the order in which ``ProjectedLinear`` takes it.
+_INPUTS = ("basis", "leaf", "sketch_leaf", "head_features", "residual_leaf", "residual_columns")
 
 
 class WeightLayout(enum.Enum):
@@ -71,7 +75,7 @@ def projected_linear(
         inputs: what the weight's record gives for the form that is wanted, by name. ``basis``: P, (m, r) or (n, r).
             ``leaf``: Z, shape of R; its gradient is R. ``sketch_leaf``, if given: shape of P, its gradient is the
             sketch of the next basis; with ``head_features``, (k,): shape of the gradient of these features, which is
-            its own.
+            its own. ``residual_leaf`` and ``residual_columns``, (m, k): its gradient is G at these entries.
         layout: value of a ``WeightLayout``.
         dim: value of a ``ProjectedDim``.
 
@@ -84,7 +88,7 @@ def projected_linear(
         x, weight = x.to(dtype), weight.detach().to(dtype)
         inputs = {**inputs, "basis": inputs["basis"].to(dtype)}
         bias = None if bias is None else bias.to(dtype)
-    extra = (inputs.get(name) for name in ("basis", "leaf", "sketch_leaf", "head_features"))
+    extra = (inputs.get(name) for name in _INPUTS)
     out: Tensor = ProjectedLinear.apply(x, weight, bias, *extra, WeightLayout(layout), ProjectedDim(dim))
     return out
 
@@ -101,6 +105,8 @@ class ProjectedLinear(torch.autograd.Function):
         leaf: Tensor,
         sketch_leaf: Tensor | None,
         head_features: Tensor | None,
+        residual_leaf: Tensor | None,
+        residual_columns: Tensor | None,
         layout: WeightLayout,
         dim: ProjectedDim,
     ) -> Tensor:
@@ -114,16 +120,16 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
-        x, weight, bias, basis, _, sketch_leaf, head_features, layout, dim = inputs
-        ctx.save_for_backward(x, weight, basis, head_features)
+        x, weight, bias, basis, _, sketch_leaf, head_features, _, residual_columns, layout, dim = inputs
+        ctx.save_for_backward(x, weight, basis, head_features, residual_columns)
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """dX, None for W, db, None for P, R for the leaf, the sketch or the heads' gradient for its leaf."""
-        x, weight, basis, head_features = ctx.saved_tensors
+        """dX, None for W, db, None for P, R, the sketch or the heads' gradient, and entries of G for their leaves."""
+        x, weight, basis, head_features, residual_columns = ctx.saved_tensors
         grad_input = None
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ (weight if ctx.layout is WeightLayout.OUT_IN else weight.T)
@@ -137,4 +143,5 @@ class ProjectedLinear(torch.autograd.Function):
             next_basis = gradient_of_heads(rows, cols, head_features, ctx.dim)
         elif ctx.sketched:
             next_basis = sketch(rows, cols, projected, ctx.dim)
-        return grad_input, None, grad_bias, None, projected, next_basis, None, None, None
+        entries = None if residual_columns is None else gradient_at(rows, cols, residual_columns)
+        return grad_input, None, grad_bias, None, projected, next_basis, None, entries, None, None, None

@@ -12,10 +12,11 @@ import enum
 import weakref
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
+from galore_fx.runtime.leaf import storage_free_leaf
 from galore_fx.runtime.sampled_heads import SampledHeads
+from galore_fx.runtime.sparse_residual import SparseResidual
 from galore_fx.runtime.subspace import ProjectedDim
 
 
@@ -30,11 +31,6 @@ class GradientForm(enum.Enum):
     """R, and the drawn heads' part of G as ``sketch_leaf.grad``: for a basis that all heads share."""
     FULL = "full"
     """G as ``weight.grad``: for an exact SVD."""
-
-
-def storage_free_leaf(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """A zero tensor of this shape that requires grad and owns one element of storage."""
-    return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape).requires_grad_()
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,6 +51,7 @@ class ProjectedParameter:
         shared_roles: roles whose heads share a basis ("query", ...), if the graph shows such heads in this weight.
         heads: those that are drawn, once they have been found.
         head_key: the number that says which are drawn in this window.
+        residual: the entries that are trained at full rank besides, None for none.
         sketch_hook: to be called with ``sketch_leaf`` when its ``.grad`` is complete.
     """
 
@@ -70,6 +67,7 @@ class ProjectedParameter:
     shared_roles: frozenset[str] = frozenset()
     heads: SampledHeads | None = None
     head_key: int = 0
+    residual: SparseResidual | None = None
     sketch_hook: Callable[[Tensor], None] | None = None
 
     @classmethod
@@ -84,7 +82,8 @@ class ProjectedParameter:
     def graph_key(self, form: GradientForm) -> tuple[object, ...]:
         """What a graph compiled for this form depends on, besides the weight itself."""
         drawn = self.heads.num_drawn if self.heads is not None and form is GradientForm.HEADS else 0
-        return (self.dim, self.rank, form, self.basis.dtype, getattr(self.basis, "bits", None), drawn)
+        num_entries = self.residual.columns.shape[1] if self.residual is not None else 0
+        return (self.dim, self.rank, form, self.basis.dtype, getattr(self.basis, "bits", None), drawn, num_entries)
 
     def graph_inputs(self, form: GradientForm) -> dict[str, Tensor]:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
@@ -96,11 +95,18 @@ class ProjectedParameter:
         if form is GradientForm.HEADS:
             assert self.heads is not None
             inputs["head_features"] = self.heads.features
+        if self.residual is not None:
+            inputs["residual_leaf"], inputs["residual_columns"] = self.residual.leaf, self.residual.columns
         return inputs
+
+    def gradient_leaves(self) -> list[Tensor]:
+        """The leaves whose gradients an update needs."""
+        return [self.leaf] if self.residual is None else [self.leaf, self.residual.leaf]
 
     def kept_tensors(self) -> list[Tensor]:
         """What this record holds through the step, besides the weight."""
-        return [self.basis, self.leaf, self.sketch_leaf, *([self.heads.features] if self.heads is not None else [])]
+        heads = [self.heads.features] if self.heads is not None else []
+        return [self.basis, self.sketch_leaf, *self.gradient_leaves(), *heads]
 
     def share_heads(self, heads: tuple[tuple[int, ...], ...]) -> None:
         """From the window on that is open now, a basis is found from the gradient of some heads.
@@ -126,7 +132,8 @@ class ProjectedParameter:
 
     def clear(self) -> None:
         """Forget the gradients in all their forms."""
-        self.leaf.grad = self.sketch_leaf.grad = self.weight.grad = None
+        for holder in (*self.gradient_leaves(), self.sketch_leaf, self.weight):
+            holder.grad = None
 
 
 class ParameterRegistry:

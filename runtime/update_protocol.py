@@ -41,4 +41,5 @@ class Updates(Protocol):
         *,
         first: bool,
         rounding_key: int | None,
+        entries: Tensor | None,
     ) -> None: ...

@@ -16,10 +16,13 @@ from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
 from galore_fx.runtime.group_quantizer import GROUP, stored_bytes
 from galore_fx.runtime.optimizer_state import StateFormat
+from galore_fx.runtime.sparse_residual import num_entries
 from galore_fx.runtime.subspace import ProjectedDim
 from galore_fx.units import format_bytes
 
 _SCALAR_STATE_BYTES = 4
+# Of the number of a column that belongs to a residual.
+_COLUMN_BYTES = 4
 
 
 def plan_parameters(
@@ -62,6 +65,7 @@ def plan_parameters(
                 "weights": weight_bytes,
                 "bases": 0,
                 "optimizer_state": state_bytes,
+                "residuals": 0,
                 "gradients": weight_bytes,
             }
             reason = role.description if recipe.projects else f"recipe {recipe.name} projects nothing"
@@ -72,12 +76,15 @@ def plan_parameters(
         dim, rank = projected_dim(linear, recipe), recipe.rank_in_force(shape)
         low = math.prod(dim.projected_shape(shape, rank))
         weight_bits = recipe.weight_bits if parameter.numel() % GROUP == 0 else None
+        sparse = shape[0] * num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
+        entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes
         basis_elements = math.prod(dim.basis_shape(shape, rank))
         sizes = {
             "weights": _stored_bytes(parameter.numel(), weight_bits, element),
             "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
             "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes,
-            "gradients": low * element,
+            "residuals": sparse * _COLUMN_BYTES + entry_states if sparse else 0,
+            "gradients": (low + sparse) * element,
         }
         about = (role.description, role.shared_with, weight_bits)
         entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, *about))

@@ -91,6 +91,8 @@ def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs
     what = "weights whose gradient leaves as R"
     if any("sketch_leaf" in target.inputs for target in targets):
         what += " with the next basis's sketch"
+    if any("residual_leaf" in target.inputs for target in targets):
+        what += " and some entries of G"
     num_shared = sum("head_features" in target.inputs for target in targets)
     if num_shared:
         what += f", {num_shared} of them from some heads"

@@ -75,23 +75,73 @@ class CompiledUpdate:
         values: tuple[float, ...],
         record: ProjectedParameter | None,
         rounding_key: int | None,
-    ) -> None:
+    ) -> Tensor | None:
         """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
-        dtype, device = _compute_dtype(weight.dtype), weight.device
-        numbers, factor, new_scalars = self._numbers(branch, values, dtype, device)
-        in_subspace = [project(weight, record.basis, record.dim)] if record and self._needs_weight else []
+        if record is None:
+            self._step_plain(branch, weight, grad, tensors, state, values)
+            return None
+        read = project(weight, record.basis, record.dim) if self._needs_weight else None
+        update, factor = self.step_low(branch, grad, tensors, state, values, weight.dtype, read)
+        if isinstance(weight, QuantizedTensor):
+            self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
+        else:
+            add_back_projection_(weight, update, record.basis, record.dim, factor)
+        return update
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the step reads the weight, as Adam's L2 decay does."""
+        return self._needs_weight
+
+    def step_low(
+        self,
+        branch: int,
+        grad: Tensor,
+        tensors: list[Tensor],
+        state: dict[str, Tensor],
+        values: tuple[float, ...],
+        weight_dtype: torch.dtype,
+        read: Tensor | None,
+    ) -> tuple[Tensor, float]:
+        """The step on what is not the weight itself: its coordinates in a subspace, or some of its entries.
+
+        Args:
+            branch, grad, tensors, state, values: as of ``UpdateCompiler.update``; ``grad`` is consumed.
+            weight_dtype: of the weight.
+            read: what of the weight has the shape of ``grad``, where the step reads it.
+
+        Returns:
+            What is to be added, of the shape of ``grad``, and the factor of the weight before that.
+        """
+        numbers, factor, new_scalars = self._numbers(branch, values, _compute_dtype(weight_dtype), grad.device)
+        reads = [] if read is None else [read]
         if self._is_quantized:
             scales = [state[name + SCALES] for name in self._traced[0].new_tensors]
-            self._run_quantized([grad] if record else [weight, grad], tensors, scales, in_subspace, numbers)
+            self._run_quantized([grad], tensors, scales, reads, numbers)
             update = grad
-        elif record is None:
-            self._body(*_flat([weight, grad, *tensors]), numbers)
         else:
-            update = self._body(*_flat([grad, *tensors, *in_subspace]), numbers).view(grad.shape)
-        if record is not None and isinstance(weight, QuantizedTensor):
-            self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
-        elif record is not None:
-            add_back_projection_(weight, update, record.basis, record.dim, factor)
+            update = self._body(*_flat([grad, *tensors, *reads]), numbers).view(grad.shape)
+        self._note(state, new_scalars)
+        return update, factor
+
+    def _step_plain(
+        self,
+        branch: int,
+        weight: Tensor,
+        grad: Tensor,
+        tensors: list[Tensor],
+        state: dict[str, Tensor],
+        values: tuple[float, ...],
+    ) -> None:
+        numbers, _, new_scalars = self._numbers(branch, values, _compute_dtype(weight.dtype), weight.device)
+        if self._is_quantized:
+            scales = [state[name + SCALES] for name in self._traced[0].new_tensors]
+            self._run_quantized([weight, grad], tensors, scales, [], numbers)
+        else:
+            self._body(*_flat([weight, grad, *tensors]), numbers)
+        self._note(state, new_scalars)
+
+    def _note(self, state: dict[str, Tensor], new_scalars: tuple[float, ...]) -> None:
         for name, value in zip(self._new_scalars, new_scalars, strict=True):
             state[name].fill_(value)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_fx.errors import OptimizerError
+from galore_fx.passes.optimizer_graph.add_residuals import ResidualStep
 from galore_fx.passes.optimizer_graph.compiled_update import NUM_CACHED_STEPS, CompiledUpdate
 from galore_fx.passes.optimizer_graph.lower_to_subspace import lower_to_subspace
 from galore_fx.passes.optimizer_graph.merge_branches import merge_branches
@@ -29,7 +30,7 @@ from galore_fx.passes.optimizer_graph.trace_step import (
     trace_step,
 )
 from galore_fx.passes.pass_runner import Effect, PassRecord
-from galore_fx.runtime.optimizer_state import StateFormat
+from galore_fx.runtime.optimizer_state import StateFormat, residual_state
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 
 
@@ -190,6 +191,7 @@ class UpdateCompiler:
         *,
         first: bool,
         rounding_key: int | None = None,
+        entries: Tensor | None = None,
     ) -> None:
         """One optimizer step of one parameter, in place.
 
@@ -203,23 +205,45 @@ class UpdateCompiler:
             scale: factor of the back-projected update.
             first: whether this parameter has never been updated.
             rounding_key: of the random numbers that round a weight in 8 bits; None rounds it to the nearest.
+            entries: what of the gradient is for the record's residual, (m, k); consumed. None for nothing.
         """
         layout = self.layout(settings, group)
+        projected = record is not None
+        compiled, branch, values = self._pick(group, settings, layout, state, grad.numel(), projected, first)
+        residual = None
+        if entries is not None and record is not None:
+            own = residual_state(state)
+            is_first = float(own.get("started", 1.0)) == 0.0
+            step = self._pick(group, settings, layout, own, entries.numel(), True, is_first)
+            residual = ResidualStep(*step, scale, [own[name] for name in layout.initial], own, record)
+            residual.read_weight(weight)
+        tensors = [state[name] for name in layout.initial]
+        update = compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key)
+        if residual is not None and entries is not None and update is not None:
+            residual(weight, entries, update)
+
+    def _pick(
+        self,
+        group: Mapping[str, Any],
+        settings: GroupSettings,
+        layout: StateLayout,
+        state: Mapping[str, Tensor],
+        num_elements: int,
+        projected: bool,
+        first: bool,
+    ) -> tuple["CompiledUpdate", int, tuple[float, ...]]:
+        """The compiled step for a state, its branch, and the numbers it takes."""
         values = (*settings.floats.values(), *[float(state[name]) for name in layout.scalars])
         born = first and None in layout.initial.values()
-        quantized = layout.format.is_quantized(grad.numel())
-        key = (record is not None, born, quantized, settings.switches, values)
+        quantized = layout.format.is_quantized(num_elements)
+        key = (projected, born, quantized, settings.switches, values)
         chosen = self._chosen.get(key)
         if chosen is None:
             if len(self._chosen) >= NUM_CACHED_STEPS:
                 self._chosen.clear()
-            chosen = self._chosen[key] = self._choose(
-                group, settings, layout, values, record is not None, born, quantized
-            )
+            chosen = self._chosen[key] = self._choose(group, settings, layout, values, projected, born, quantized)
             self._used.add(chosen[0])
-        compiled, branch = chosen
-        tensors = [state[name] for name in layout.initial]
-        compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key)
+        return *chosen, values
 
     def _choose(
         self,

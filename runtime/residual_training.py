@@ -1,0 +1,87 @@
+"""The residuals of a model's projected weights: what of their gradients is used, and the states that they keep.
+
+While the entries are learnt a weight keeps their scores; then the optimizer's states, of the entries' shape. The scores
+are never larger than the states are.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from galore_fx.runtime.optimizer_state import RESIDUAL, Counters
+from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.random_thresholds import key_of
+from galore_fx.runtime.sparse_residual import back_projection_at
+
+_SCORES = "scores"
+
+
+class ResidualTraining:
+    """Those of one model.
+
+    Args:
+        records: the projected parameters.
+        states: of the optimizer, by weight.
+        counters: of the optimizer.
+        numbers: the position of each weight, by its identity; with the number of updates it says what is drawn.
+        make_state: new states of the class for a weight and a gradient of a shape.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[ProjectedParameter],
+        states: Mapping[Tensor, dict[str, Any]],
+        counters: Counters,
+        numbers: Mapping[int, int],
+        make_state: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    ) -> None:
+        self._records = [record for record in records if record.residual is not None]
+        self._states, self._counters, self._numbers = states, counters, numbers
+        self._make_state = make_state
+
+    def new_state(self, record: ProjectedParameter) -> dict[str, Tensor]:
+        """What a weight keeps for its residual now."""
+        residual = record.residual
+        if residual is None:
+            return {}
+        if residual.scores is not None:
+            return {"columns": residual.columns, _SCORES: residual.scores}
+        own = self._make_state(record.weight, residual.leaf)
+        return {"columns": residual.columns, **{RESIDUAL + name: value for name, value in own.items()}}
+
+    def entries(self, record: ProjectedParameter | None, projected: Tensor) -> Tensor | None:
+        """What the entries of a weight are to be updated with, and the gradient is consumed.
+
+        Args:
+            record: of the weight, None where it is not projected.
+            projected: R.
+
+        Returns:
+            (m, k); None where the weight has no residual, or is learning its entries, which is done here then.
+        """
+        residual = record.residual if record is not None else None
+        if record is None or residual is None or residual.leaf.grad is None:
+            return None
+        entries, residual.leaf.grad = residual.leaf.grad, None
+        if residual.is_learning or not residual.rectified:
+            entries = entries - back_projection_at(projected, record.basis, record.dim, residual.columns)
+        if not residual.is_learning:
+            return entries
+        num_updates = self._counters.num_updates
+        key = key_of(0, num_updates, self._numbers[id(record.weight)])
+        residual.learn(entries, record.weight.shape[1], num_updates, key)
+        return None
+
+    def set_learning(self, num_updates: int) -> None:
+        """Ends the learning of entries where its updates are over, or goes back to it for a state from before."""
+        for record in self._records:
+            residual = record.residual
+            assert residual is not None
+            was_learning = residual.is_learning
+            residual.set_learning(num_updates)
+            if residual.is_learning != was_learning:
+                state = self._states[record.weight]
+                for name in [name for name in state if name == _SCORES or name.startswith(RESIDUAL)]:
+                    del state[name]
+                state |= self.new_state(record)

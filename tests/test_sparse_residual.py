@@ -1,0 +1,201 @@
+"""Sparse residuals: entries learnt in a warm-up, their gradients without G, both variants against a plain loop."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import galore_fx
+from galore_fx.measurement import counted_peak, kept_bytes
+from galore_fx.runtime import sparse_residual
+from galore_fx.runtime.sparse_residual import SparseResidual, add_at_, back_projection_at, gradient_at
+from galore_fx.runtime.subspace import ProjectedDim
+from tests.models import adamw, backward, batches, largest_error, llama
+
+SPARSE = {"residual": "sparse", "residual_density": 0.1, "residual_warm_up": 3, "refresh_gap": 100}
+
+
+def _columns(m, n, k):
+    return torch.rand(m, n).argsort(dim=1)[:, :k].to(torch.int32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.integers(2, 12),
+    st.data(),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(1, 40),
+)
+def test_entries_of_the_gradient_and_of_a_back_projection(t, m, n, data, sampled, block):
+    k = data.draw(st.integers(1, n))
+    rows, cols, columns = torch.randn(t, m).double(), torch.randn(t, n).double(), _columns(m, n, k)
+    r = data.draw(st.integers(1, min(m, n)))
+    before = sparse_residual.SAMPLED_DENSITY, sparse_residual.BLOCK_ELEMENTS
+    sparse_residual.SAMPLED_DENSITY, sparse_residual.BLOCK_ELEMENTS = sampled, block
+    try:
+        grad = rows.T @ cols
+        torch.testing.assert_close(gradient_at(rows, cols, columns), grad.gather(1, columns.long()))
+        low, basis = torch.randn(m, r).double(), torch.randn(n, r).double()
+        expected = (low @ basis.T).gather(1, columns.long())
+        torch.testing.assert_close(back_projection_at(low, basis, ProjectedDim.COLS, columns), expected)
+        torch.testing.assert_close(back_projection_at(basis.T, low, ProjectedDim.ROWS, columns), expected)
+        weight, values = torch.randn(m, n).double(), torch.randn(m, k).double()
+        changed = weight.clone()
+        add_at_(changed, columns, values)
+        torch.testing.assert_close((changed - weight).gather(1, columns.long()), values)
+        assert int((changed != weight).sum()) == m * k
+    finally:
+        sparse_residual.SAMPLED_DENSITY, sparse_residual.BLOCK_ELEMENTS = before
+
+
+def test_the_warm_up_finds_the_largest_errors_and_never_a_column_twice():
+    m, n, warm_up = 12, 60, 60
+    residual = SparseResidual.create(torch.zeros(m, n), 0.1, rectified=True, warm_up=warm_up, key=5)
+    large = _columns(m, n, 3)  # half of the slots, which the contest is about
+    mean = torch.full((m, n), 0.1).scatter(1, large.long(), 1.0)
+    for update in range(warm_up):
+        noisy = mean * torch.empty(m, n).uniform_(0.5, 1.5) * torch.randn(m, n).sign()
+        residual.learn(noisy.gather(1, residual.columns.long()), n, update, key=update)
+        assert all(len(set(row)) == 6 for row in residual.columns.tolist())
+        assert int(residual.columns.min()) >= 0 and int(residual.columns.max()) < n
+    residual.set_learning(warm_up)
+    found = sum(len(set(a) & set(b)) for a, b in zip(residual.columns.tolist(), large.tolist(), strict=True))
+    assert found >= 0.9 * large.numel()
+    assert residual.scores is None
+
+
+class PlainResidual:
+    """GaLore with AdamW's arithmetic and a residual, from full gradients; bases and entries are given."""
+
+    def __init__(self, variant, scale, lr=1e-3):
+        self.variant, self.scale, self.lr = variant, scale, lr
+        self.moments = {}
+
+    def adam(self, key, grad):
+        first, second, step = self.moments.get(key, (torch.zeros_like(grad), torch.zeros_like(grad), 0))
+        first, second, step = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad**2, step + 1
+        self.moments[key] = (first, second, step)
+        return self.lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+
+    @torch.no_grad()
+    def step(self, name, weight, basis, dim, columns):
+        grad = weight.grad
+        right = dim is ProjectedDim.COLS
+        low = grad @ basis if right else basis.T @ grad
+        inside = low @ basis.T if right else basis @ low
+        update = self.adam(name, low)
+        change = self.scale * (update @ basis.T if right else basis @ update)
+        if columns is not None:
+            at = columns.long()
+            of = grad if self.variant == "rectified" else grad - inside
+            extra = self.scale * self.adam(name + "/entries", of.gather(1, at))
+            change = change.scatter(1, at, extra) if self.variant == "rectified" else change.scatter_add(1, at, extra)
+        weight -= change
+
+
+@pytest.mark.parametrize("variant", ["rectified", "additive"])
+def test_ten_steps_equal_a_plain_loop(variant):
+    model = galore_fx.compile(llama(1), rank=8, optimizer=adamw(), residual_variant=variant, **SPARSE)
+    plain, reference = llama(1), PlainResidual(variant, 0.25)
+    records = {record.name: record for record in model.galore_fx.optimizer.records}
+    others = {name: p for name, p in plain.named_parameters() if name not in records}
+    for number, ids in enumerate(batches(10)):
+        bases = {name: record.basis.clone() for name, record in records.items()}
+        backward(plain, ids)
+        backward(model, ids)
+        assert all(record.residual.is_learning == (number < 3) for record in records.values())
+        model.galore_fx.optimizer.step()
+        for name, record in records.items():
+            columns = record.residual.columns if number >= 3 else None
+            reference.step(name, plain.get_parameter(name), bases[name], record.dim, columns)
+        with torch.no_grad():
+            for name, parameter in others.items():
+                parameter -= reference.adam(name, parameter.grad)
+        plain.zero_grad()
+    assert largest_error(model, plain) < 1e-5
+
+
+def _train(model, ids, parts=1):
+    for batch in ids:
+        for part in batch.chunk(parts):
+            backward(model, part, 1 / parts)
+        model.galore_fx.optimizer.step()
+
+
+@pytest.mark.parametrize("recipe", ["auto", "galore"])
+def test_in_the_backward_and_in_micro_batches_it_is_the_same(recipe):
+    ids = batches(6)
+    made = []
+    for update, parts in (("deferred", 1), ("in-backward", 1), ("deferred", 2)):
+        model = galore_fx.compile(
+            llama(1), recipe=recipe, rank=8, optimizer=adamw(), update=update, **SPARSE | {"refresh_gap": 4}
+        )
+        if parts == 2 and recipe == "auto":
+            continue  # a sketch is of the first micro-batch
+        _train(model, ids, parts)
+        made.append(model)
+    assert all(largest_error(made[0], other) < 2e-5 for other in made[1:])
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_resume_is_bit_identical_while_entries_are_learnt_and_after(stop):
+    def make():
+        return galore_fx.compile(llama(1), rank=8, optimizer=adamw(), **SPARSE)
+
+    ids = batches(8)
+    straight, stopped, resumed = make(), make(), make()
+    _train(straight, ids)
+    _train(stopped, ids[:stop])
+    saved = copy.deepcopy(stopped.galore_fx.optimizer.state_dict())
+    _train(resumed, ids[:4])  # a state from before its own, or from behind
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.galore_fx.optimizer.load_state_dict(saved)
+    _train(resumed, ids[stop:])
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_clipping_scales_the_entries_with_the_rest():
+    model = galore_fx.compile(llama(1), rank=8, optimizer=adamw(), **SPARSE)
+    backward(model, batches(1)[0])
+    record = next(iter(model.galore_fx.optimizer.records))
+    before = record.residual.leaf.grad.clone()
+    norm = model.galore_fx.optimizer.clip_grad_norm_(0.1)
+    torch.testing.assert_close(record.residual.leaf.grad, before * 0.1 / norm, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_bytes_are_those_of_the_plan_and_the_peak_is_predicted(bits):
+    ids = batches(1)[0]
+    sample = {"input_ids": ids, "labels": ids}
+    parts = SPARSE | {"residual_warm_up": 1, "state_bits": bits}
+    model = galore_fx.compile(
+        llama(1, hidden=128, intermediate=256), "1GB", sample=sample, recipe="auto", rank=16, optimizer=adamw(), **parts
+    )
+    plan = model.galore_fx.plan
+    assert counted_peak(model, sample) == plan.peak_bytes
+    kept = kept_bytes(model, model.galore_fx.optimizer)
+    assert kept["residuals"] == plan.prediction.kept["residuals"] == sum(p.bytes["residuals"] for p in plan.parameters)
+    num_entries = 4 * 128 * 13 + 2 * 256 * 13 + 128 * 26  # q, k, v, o; gate and up; down
+    if bits is None:
+        # A column's number and two moments for each entry, and the count of steps for each weight.
+        assert kept["residuals"] == num_entries * (4 + 2 * 4) + 7 * 4
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"residual_density": 0.0}, "residual_density=0.0 must be a share"),
+        ({"residual_warm_up": 0}, "residual_warm_up=0 must be an int of at least 1"),
+        ({"weight_bits": 8}, "which weight_bits=8 keeps in groups"),
+        ({"recipe": "full"}, "recipe 'full' projects none"),
+        ({"residual_variant": "both"}, "'both' is not one of rectified, additive"),
+        ({"residual": "scaled"}, "'scaled' is not one of drop, sparse"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(parts, message):
+    with pytest.raises(galore_fx.SettingError, match=message):
+        galore_fx.compile(llama(1), optimizer=adamw(), **{"residual": "sparse", **parts})
