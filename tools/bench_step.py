@@ -163,7 +163,8 @@ def _plain(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Contend
 def galore_fx_contender(shape: dict[str, Any], **overrides: Any) -> Contender:
     """galore_fx with its default recipe; ``overrides`` are parts of it."""
     adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
-    model = galore_fx.compile(make_model(shape), rank=RANK, refresh_gap=GAP, optimizer=adamw, **overrides)
+    parts = {"refresh_gap": GAP, **overrides}
+    model = galore_fx.compile(make_model(shape), rank=RANK, optimizer=adamw, **parts)
     optimizer = model.galore_fx.optimizer
 
     def step(batch: Callable[[], torch.Tensor]) -> None:
