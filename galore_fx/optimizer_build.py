@@ -75,7 +75,6 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
                 decisions.recipe.residual_density,
                 rectified=decisions.recipe.residual_variant == "rectified",
                 warm_up=decisions.recipe.residual_warm_up,
-                key=len(records),
             )
         REGISTRY.add(record)
         records.append(record)

@@ -77,7 +77,7 @@ class Recipe:
             alive for so many blocks only.
         residual: what becomes of the gradient outside the subspace: nothing (GaLore), or some entries of it are kept
             and trained with moments of their own (GaLore+; reconstructed, see runtime/sparse_residual.py).
-        residual_density: share of the entries, the same number in each row.
+        residual_density: share of the entries: so many columns in each block of 64 rows.
         residual_variant: at these entries the step of full-rank training in place of the back-projected one, or the
             optimizer's step on the error of the projection added to it.
         residual_warm_up: updates in which the entries are learnt, from their errors; nothing is added in them.

@@ -107,7 +107,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             transfer=self._transfer_moments,
         )
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        self._residuals = ResidualTraining(records, self.state, self.counters, self._numbers, self._state_like)
+        self._residuals = ResidualTraining(records, self.state, self.counters, self._state_like)
         for parameter in self._parameters():
             self.state[parameter] = self._new_state(parameter)
         for record in records:

@@ -1,7 +1,7 @@
 """The residuals of a model's projected weights: what of their gradients is used, and the states that they keep.
 
-While the entries are learnt a weight keeps their scores; then the optimizer's states, of the entries' shape. The scores
-are never larger than the states are.
+While the entries are learnt a weight keeps their scores, a number for each column of a block of rows; then the
+optimizer's states, of the entries' shape.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from galore_fx.runtime.optimizer_state import RESIDUAL, Counters
 from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.sparse_residual import back_projection_at
 
 _SCORES = "scores"
@@ -24,7 +23,6 @@ class ResidualTraining:
         records: the projected parameters.
         states: of the optimizer, by weight.
         counters: of the optimizer.
-        numbers: the position of each weight, by its identity; with the number of updates it says what is drawn.
         make_state: new states of the class for a weight and a gradient of a shape.
     """
 
@@ -33,11 +31,10 @@ class ResidualTraining:
         records: Iterable[ProjectedParameter],
         states: Mapping[Tensor, dict[str, Any]],
         counters: Counters,
-        numbers: Mapping[int, int],
         make_state: Callable[[Tensor, Tensor], dict[str, Tensor]],
     ) -> None:
         self._records = [record for record in records if record.residual is not None]
-        self._states, self._counters, self._numbers = states, counters, numbers
+        self._states, self._counters = states, counters
         self._make_state = make_state
 
     def new_state(self, record: ProjectedParameter) -> dict[str, Tensor]:
@@ -68,9 +65,7 @@ class ResidualTraining:
             entries = entries - back_projection_at(projected, record.basis, record.dim, residual.columns)
         if not residual.is_learning:
             return entries
-        num_updates = self._counters.num_updates
-        key = key_of(0, num_updates, self._numbers[id(record.weight)])
-        residual.learn(entries, record.weight.shape[1], num_updates, key)
+        residual.learn(entries, record.weight.shape[1], self._counters.num_updates)
         return None
 
     def set_learning(self, num_updates: int) -> None:

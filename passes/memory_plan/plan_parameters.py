@@ -16,7 +16,7 @@ from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
 from galore_fx.runtime.group_quantizer import GROUP, stored_bytes
 from galore_fx.runtime.optimizer_state import StateFormat
-from galore_fx.runtime.sparse_residual import num_entries
+from galore_fx.runtime.sparse_residual import num_blocks, num_entries
 from galore_fx.runtime.subspace import ProjectedDim
 from galore_fx.units import format_bytes
 
@@ -76,14 +76,15 @@ def plan_parameters(
         dim, rank = projected_dim(linear, recipe), recipe.rank_in_force(shape)
         low = math.prod(dim.projected_shape(shape, rank))
         weight_bits = recipe.weight_bits if parameter.numel() % GROUP == 0 else None
-        sparse = shape[0] * num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
+        num_slots = num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
+        sparse = shape[0] * num_slots
         entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes
         basis_elements = math.prod(dim.basis_shape(shape, rank))
         sizes = {
             "weights": _stored_bytes(parameter.numel(), weight_bits, element),
             "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
             "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes,
-            "residuals": sparse * _COLUMN_BYTES + entry_states if sparse else 0,
+            "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states if sparse else 0,
             "gradients": (low + sparse) * element,
         }
         about = (role.description, role.shared_with, weight_bits)

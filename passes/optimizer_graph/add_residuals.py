@@ -1,8 +1,8 @@
 """The step of a residual: the same compiled body, run on some entries of the weight, and added where they are.
 
     body(R, states)         ->  L       W <- c W + back_project(L)
-    body(E or G, states')   ->  L'      W[entries] += L'                           additive
-                                        W[entries] += L' - back_project(L)[entries]  rectified
+    body(G, states')        ->  L'      W[entries] <- c W[entries] + L'     rectified
+    body(E, states')        ->  L'      W[entries] += L'                    additive
 
 The body is elementwise, so entries go through it as coordinates do. ``E = G - back_project(R)`` at the entries is made
 before the step (runtime/sparse_residual.py).
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from galore_fx.passes.optimizer_graph.compiled_update import CompiledUpdate
 from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.sparse_residual import add_at_, back_projection_at, entries_of
+from galore_fx.runtime.sparse_residual import add_at_, back_projection_at, entries_of, set_at_
 from galore_fx.runtime.subspace import project
 
 
@@ -36,32 +36,37 @@ class ResidualStep:
     tensors: list[Tensor]
     state: dict[str, Tensor]
     record: ProjectedParameter
+    _before: Tensor | None = None
     _read: Tensor | None = None
 
     def read_weight(self, weight: Tensor) -> None:
-        """Takes what the step wants of the weight (an L2 decay), before the rest of the update changes it."""
+        """Takes what is wanted of the weight before the rest of the update changes it."""
         record, residual = self.record, self.record.residual
         assert residual is not None
-        if self.compiled.needs_weight:
-            self._read = entries_of(weight, residual.columns)
-            if not residual.rectified:  # the part inside the subspace decays there
-                inside = project(weight, record.basis, record.dim)
-                self._read -= back_projection_at(inside, record.basis, record.dim, residual.columns)
+        if not (residual.rectified or self.compiled.needs_weight):
+            return
+        self._before = before = entries_of(weight, residual.columns)
+        if self.compiled.needs_weight and residual.rectified:  # an L2 decay
+            self._read = before.clone()
+        elif self.compiled.needs_weight:  # the part inside the subspace decays there
+            inside = project(weight, record.basis, record.dim)
+            self._read = before - back_projection_at(inside, record.basis, record.dim, residual.columns)
 
-    def __call__(self, weight: Tensor, entries: Tensor, update: Tensor) -> None:
+    def __call__(self, weight: Tensor, entries: Tensor) -> None:
         """Adds the step to the weight.
 
         Args:
             weight: (m, n), after its update in the subspace.
-            entries: E or G, (m, k); consumed.
-            update: L, of the shape of R.
+            entries: G or E, (m, k); consumed.
         """
-        record, residual = self.record, self.record.residual
+        residual = self.record.residual
         assert residual is not None
         values = (*self.values, self.scale)
-        change, _ = self.compiled.step_low(
+        change, factor = self.compiled.step_low(
             self.branch, entries, self.tensors, self.state, values, weight.dtype, self._read
         )
         if residual.rectified:
-            change = change - back_projection_at(update, record.basis, record.dim, residual.columns)
-        add_at_(weight, residual.columns, change)
+            assert self._before is not None
+            set_at_(weight, residual.columns, self._before.mul_(factor).add_(change))
+        else:
+            add_at_(weight, residual.columns, change)

@@ -75,18 +75,17 @@ class CompiledUpdate:
         values: tuple[float, ...],
         record: ProjectedParameter | None,
         rounding_key: int | None,
-    ) -> Tensor | None:
+    ) -> None:
         """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
         if record is None:
             self._step_plain(branch, weight, grad, tensors, state, values)
-            return None
+            return
         read = project(weight, record.basis, record.dim) if self._needs_weight else None
         update, factor = self.step_low(branch, grad, tensors, state, values, weight.dtype, read)
         if isinstance(weight, QuantizedTensor):
             self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
         else:
             add_back_projection_(weight, update, record.basis, record.dim, factor)
-        return update
 
     @property
     def needs_weight(self) -> bool:

@@ -218,9 +218,9 @@ class UpdateCompiler:
             residual = ResidualStep(*step, scale, [own[name] for name in layout.initial], own, record)
             residual.read_weight(weight)
         tensors = [state[name] for name in layout.initial]
-        update = compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key)
-        if residual is not None and entries is not None and update is not None:
-            residual(weight, entries, update)
+        compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key)
+        if residual is not None and entries is not None:
+            residual(weight, entries)
 
     def _pick(
         self,
