@@ -1,6 +1,7 @@
 """Sparse residuals: entries learnt in a warm-up, their gradients without G, both variants against a plain loop."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -105,9 +106,11 @@ class PlainResidual:
         weight -= change
 
 
-@pytest.mark.parametrize("variant", ["rectified", "additive"])
-def test_ten_steps_equal_a_plain_loop(variant):
-    model = galore_fx.compile(llama(1), rank=8, optimizer=adamw(), residual_variant=variant, **SPARSE)
+@pytest.mark.parametrize(("variant", "decay"), [("rectified", 0.0), ("additive", 0.0), ("rectified", 0.1)])
+def test_ten_steps_equal_a_plain_loop(variant, decay):
+    """With a decay the optimizer is Adam, which adds it to the gradient: in the subspace, and at the entries."""
+    optimizer = functools.partial(torch.optim.Adam, lr=1e-3, weight_decay=decay) if decay else adamw()
+    model = galore_fx.compile(llama(1), rank=8, optimizer=optimizer, residual_variant=variant, **SPARSE)
     plain, reference = llama(1), PlainResidual(variant, 0.25)
     records = {record.name: record for record in model.galore_fx.optimizer.records}
     others = {name: p for name, p in plain.named_parameters() if name not in records}
@@ -117,6 +120,9 @@ def test_ten_steps_equal_a_plain_loop(variant):
         backward(model, ids)
         assert all(record.residual.is_learning == (number < 3) for record in records.values())
         model.galore_fx.optimizer.step()
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter.grad += decay * parameter
         for name, record in records.items():
             columns = record.residual.columns if number >= 3 else None
             reference.step(name, plain.get_parameter(name), bases[name], record.dim, columns)
@@ -164,6 +170,37 @@ def test_resume_is_bit_identical_while_entries_are_learnt_and_after(stop):
     resumed.galore_fx.optimizer.load_state_dict(saved)
     _train(resumed, ids[stop:])
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_an_uncompiled_block_and_the_backend_train_the_same():
+    """Values join queries and keys: in one graph of the whole model the heads of both layers are found."""
+    parts = {"rank": 8, "residual": "sparse", "residual_density": 0.1, "residual_warm_up": 2, "refresh_gap": 3}
+    ids = batches(5)
+    regional = galore_fx.compile(llama(2), optimizer=adamw(), recipe="galore+", stagger=False, **parts)
+    _train(regional, ids)
+    whole = torch.compile(llama(2), backend="galore_fx", options={"recipe": "galore+", **parts})
+    optimizer = galore_fx.optimizer(whole, adamw())
+    for batch in ids:
+        backward(whole, batch)
+        optimizer.step()
+    assert largest_error(whole, regional) < 1e-4
+    assert sum(record.heads is not None for record in optimizer.records) == 4
+
+    parts["cross_head"] = None  # in a block that is not captured no heads are known
+    straight = galore_fx.compile(llama(1), optimizer=adamw(), recipe="galore+", **parts)
+    broken = llama(1)
+    original = broken.model.layers[0].mlp.forward
+
+    def with_a_break(x):
+        torch._dynamo.graph_break()
+        return original(x)
+
+    broken.model.layers[0].mlp.forward = with_a_break
+    galore_fx.compile(broken, optimizer=adamw(), recipe="galore+", **parts)
+    with pytest.warns(UserWarning, match="could not be captured"):
+        _train(broken, ids)
+    _train(straight, ids)
+    assert largest_error(broken, straight) < 1e-4
 
 
 def test_clipping_scales_the_entries_with_the_rest():

@@ -150,7 +150,10 @@ class FeatureLabels:
 
     def _join(self, node: fx.Node, name: str) -> Labelled | None:
         joined: Any = node.args[0] if node.args else node.kwargs.get("tensors")
+        joined = [part for part in joined if not _is_empty(part)]  # an empty cache of keys and values
         values = [value for value in map(self._values.get, joined) if isinstance(value, Labelled)]
+        if not joined:
+            return None
         if len(values) != len(joined) or any(value.source is not values[0].source for value in values):
             return None
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -249,6 +252,11 @@ def _distinct(maps: Sequence[Tensor]) -> list[Tensor]:
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
     value = node.meta.get("example_value")
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else None
+
+
+def _is_empty(node: fx.Node) -> bool:
+    """Whether a tensor is known to have no element."""
+    return 0 in (_shape(node) or ())
 
 
 def _concrete(node: fx.Node) -> Any:
