@@ -29,11 +29,10 @@ def test_a_gradient_of_nan_gives_no_basis():
     assert basis_of_heads(torch.zeros(4, 8), 2, ProjectedDim.COLS) is None
 
 
-@pytest.mark.parametrize(("make", "num_shared"), [(llama, 2), (gpt2, 1)])
-@pytest.mark.parametrize("recipe", ["auto", "galore"])
+@pytest.mark.parametrize(("make", "num_shared", "recipe"), [(llama, 2, "auto"), (gpt2, 1, "galore")])
 def test_the_new_basis_is_that_of_the_drawn_heads(make, num_shared, recipe):
     """Llama: of q and of k, each its own head; GPT-2: of the rows of q, k and v together (stored as columns)."""
-    model, plain = galore_fx.compile(make(1), recipe=recipe, rank=12, optimizer=adamw(), **CROSS), make(1)
+    model, plain = galore_fx.compile(make(1), recipe=recipe, rank=8, optimizer=adamw(), **CROSS), make(1)
     ids = batches(1)[0]
     backward(plain, ids)
     backward(model, ids)
@@ -47,7 +46,7 @@ def test_the_new_basis_is_that_of_the_drawn_heads(make, num_shared, recipe):
         grad = grads[record.name]
         of_heads = grad[features[record.name]] if make is llama else grad[:, features[record.name]]
         assert len(features[record.name]) == 16 * (1 if make is llama else 3)
-        expected = exact_basis(of_heads, 12, record.dim)
+        expected = exact_basis(of_heads, 8, record.dim)
         torch.testing.assert_close(_span(record.basis), _span(expected), atol=1e-3, rtol=0)
 
 
@@ -101,15 +100,6 @@ def test_resume_draws_the_same_heads():
     resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
     train(resumed, ids[6:])
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
-
-
-def test_the_peak_is_predicted_to_the_byte():
-    from galore_fx.measurement import counted_peak
-
-    ids = batches(1)[0]
-    sample = {"input_ids": ids, "labels": ids}
-    model = galore_fx.compile(llama(2), "1GB", sample=sample, recipe="galore", rank=8, optimizer=adamw(), **CROSS)
-    assert counted_peak(model, sample) == model.galore_fx.plan.peak_bytes
 
 
 @pytest.mark.parametrize(
