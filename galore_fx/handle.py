@@ -55,9 +55,11 @@ class Compiled:
             ``projected``: names of the projected parameters; ``rank``: their ranks in force; ``num_updates``,
             ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``; ``refresh_time_s``: seconds
             spent on new bases; with lazy refresh ``refresh_gap`` and ``stability``: by name, the gaps in force and the
-            last measurement; ``grad_norm``: 2-norm of all gradients of the last deferred step, before clipping,
-            None before it; ``uncompiled``: names of the blocks that could not be captured, with the reason;
-            ``num_region_graphs``, ``num_region_variants``, ``num_update_graphs``: what was compiled.
+            last measurement; with cross-head projection ``cross_head``: names of the weights whose heads share a
+            basis; with residuals ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all
+            gradients of the last deferred step, before clipping, None before it; ``uncompiled``: names of the blocks
+            that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
+            ``num_update_graphs``: what was compiled.
         """
         optimizer = self.optimizer
         return {
@@ -66,6 +68,7 @@ class Compiled:
             **vars(optimizer.counters),
             "refresh_time_s": optimizer.refreshes.time_s,
             **_lazy_stats(optimizer),
+            **_recipe_stats(optimizer, self.plan.recipe),
             "grad_norm": optimizer.grad_norm,
             "uncompiled": self._blocks.failures if self._blocks else {},
             "num_region_graphs": self._regions.num_graphs,
@@ -88,6 +91,17 @@ def _lazy_stats(optimizer: SubspaceOptimizer) -> dict[str, Any]:
     names = {id(record.weight): record.name for record in optimizer.records}
     latest = {names[key]: values[-1] for key, values in lazy.stabilities.items()}
     return {"refresh_gap": {name: lazy.gap_of(key) for key, name in names.items()}, "stability": latest}
+
+
+def _recipe_stats(optimizer: SubspaceOptimizer, recipe: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if recipe["cross_head"] is not None:
+        found["cross_head"] = [record.name for record in optimizer.records if record.heads is not None]
+    residuals = [record.residual for record in optimizer.records if record.residual is not None]
+    if residuals:
+        found["residual_is_learning"] = any(residual.is_learning for residual in residuals)
+        found["num_residual_entries"] = sum(residual.leaf.numel() for residual in residuals)
+    return found
 
 
 class PlainCopy:

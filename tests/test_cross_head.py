@@ -64,7 +64,16 @@ def test_more_heads_where_the_rank_exceeds_one():
 def test_values_join_where_they_are_asked_to():
     model = galore_fx.compile(llama(1), rank=8, optimizer=adamw(), **CROSS | {"cross_head": "query-key-value"})
     backward(model, batches(1)[0])
-    assert sum(record.heads is not None for record in model.galore_fx.optimizer.records) == 3
+    assert [name.split(".")[-2] for name in model.galore_fx.stats()["cross_head"]] == ["q_proj", "k_proj", "v_proj"]
+
+
+def test_a_block_without_attention_is_named_and_trains():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).train()
+    galore_fx.compile(model, rank=4, optimizer=adamw(), **CROSS)
+    with pytest.warns(UserWarning, match="no attention is recognised in the block of 0.weight"):
+        model(torch.ones(3, 16)).sum().backward()
+    model.galore_fx.optimizer.step()
+    assert model.galore_fx.stats()["cross_head"] == []
 
 
 def test_every_head_is_drawn_and_the_draw_follows_from_its_number():

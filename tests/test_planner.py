@@ -71,7 +71,8 @@ def test_full_rank_is_tried_first_and_rank_is_given_up_last():
 def test_only_what_is_open_is_given_up():
     assert candidates(rank=8) == [("auto", {"rank": 8}), ("auto", {"rank": 8, "update": "in-backward"})]
     assert len(candidates(rank=8, max_grad_norm=1.0)) == 1, "clipping forbids the update in the backward"
-    assert candidates(refresh_gap=9)[0] == ("auto", {"refresh_gap": 9, "rank": 0.25}), "projection is wanted"
+    for part in ({"refresh_gap": 9}, {"residual": "sparse"}, {"weight_bits": 8}, {"moments_on_refresh": "rotate"}):
+        assert candidates(**part)[0] == ("auto", {**part, "rank": 0.25}), "projection is wanted"
     assert candidates(recipe="galore")[0] == ("galore", {})
     assert len(candidates(recipe=Recipe("auto", rank=4))) == 1, "a Recipe is meant as it is"
 

@@ -123,6 +123,8 @@ def test_ten_steps_equal_a_plain_loop(variant, decay):
         with torch.no_grad():
             for parameter in plain.parameters():
                 parameter.grad += decay * parameter
+        stats = model.galore_fx.stats()
+        assert stats["residual_is_learning"] == (number < 2) and stats["num_residual_entries"] > 0
         for name, record in records.items():
             columns = record.residual.columns if number >= 3 else None
             reference.step(name, plain.get_parameter(name), bases[name], record.dim, columns)

@@ -11,6 +11,7 @@ do models in one process.
 import contextlib
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -150,6 +151,7 @@ class CapturedRegion:
         self._finish = finish
         self._activation_budget = activation_budget
         self._capturing = True
+        self._has_named_heads = False
         self._gm = gm
         self._context = current_tracing_context()
         placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -171,12 +173,23 @@ class CapturedRegion:
         found = [REGISTRY.get(inputs[i]) for i in self.parameters]
         for placeholder, record in zip(self.parameters, found, strict=True):
             if record is not None and record.shared_roles and record.heads is None:
-                heads = shared_heads(self.heads, placeholder, record.shared_roles, record.rank)
-                if heads is None:
-                    record.shared_roles = frozenset()  # an ordinary matrix
-                else:
-                    record.share_heads(heads)
+                self._share_heads(placeholder, record)
         return found
+
+    def _share_heads(self, placeholder: int, record: ProjectedParameter) -> None:
+        """Lets the heads of a weight share a basis, if the graph shows that it has such heads."""
+        heads = shared_heads(self.heads, placeholder, record.shared_roles, record.rank)
+        if heads is not None:
+            record.share_heads(heads)
+            return
+        record.shared_roles = frozenset()  # an ordinary matrix
+        if not self.heads and not self._has_named_heads:
+            self._has_named_heads = True
+            warnings.warn(
+                f"cross_head: no attention is recognised in the block of {record.name}; its weights are projected as "
+                "ordinary matrices. print(galore_fx.explain(model, batch)) shows the heads that are found",
+                stacklevel=2,
+            )
 
     def graph_inputs(self, inputs: Sequence[object], records: list[ProjectedParameter | None]) -> list[object]:
         """What the variant takes for the inputs that Dynamo gives."""
