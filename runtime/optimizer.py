@@ -23,7 +23,8 @@ from galore_fx.errors import OptimizerError, UsageError
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments
-from galore_fx.runtime.optimizer_state import RESIDUAL, SCALES, STATE_VERSION, Counters, restore
+from galore_fx.runtime.optimizer_state import RESIDUAL, STATE_VERSION, Counters, restore
+from galore_fx.runtime.parameter_states import ParameterStates
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of
@@ -94,7 +95,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._scale = scale
         self._updated: set[int] = set()
         self.observe: Observer = _unobserved
-        self._settings: dict[int, Any] = {}
         self._watch = GradientWatch()
         self._numbers = self._positions()
         self.refreshes = BasisRefresh(
@@ -107,9 +107,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             transfer=self._transfer_moments,
         )
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        self._residuals = ResidualTraining(records, self.state, self.counters, self._state_like)
+        self._states = ParameterStates(updates, self.state, self._groups, self._records)
+        self._residuals = ResidualTraining(records, self.state, self.counters, self._states.like)
         for parameter in self._parameters():
-            self.state[parameter] = self._new_state(parameter)
+            self.state[parameter] = self._states.new(parameter)
         for record in records:
             record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
         self._open_window()
@@ -236,7 +237,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _close_window(self, updated: bool) -> None:
         self.zero_grad()
-        self._settings.clear()
+        self._states.close_window()
         self._watch.forget()
         self._updated.clear()
         if updated:
@@ -345,7 +346,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, grad: Tensor) -> None:
         group = self._groups[id(parameter)]
-        settings = self._settings_of(group)  # may add a state that the settings have come to need
+        settings = self._states.settings(group)  # may add a state that the settings have come to need
         state = self.state[parameter]
         record = self._records.get(id(parameter))
         started = state.get("started")
@@ -373,10 +374,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """What becomes of a weight's states when this basis takes the old one's place."""
         state = self.state[record.weight]
         if self._moments_on_refresh == "reset":
-            reset_moments(state, self._state_like(record.weight, record.leaf))
+            reset_moments(state, self._states.like(record.weight, record.leaf))
         elif self._moments_on_refresh == "rotate":
             group = self._groups[id(record.weight)]
-            layout = self._updates.layout(self._settings_of(group), group)
+            layout = self._updates.layout(self._states.settings(group), group)
             rotation = basis.float().T @ record.basis.float()
             rotate_moments(state, rotation, record.dim, record.leaf.shape, group, layout)
 
@@ -385,38 +386,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if self._rounding_seed is None or not isinstance(parameter, QuantizedTensor):
             return None
         return key_of(self._rounding_seed, self.counters.num_updates, self._numbers[id(parameter)])
-
-    def _settings_of(self, group: dict[str, Any]) -> Any:
-        """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""
-        if id(group) not in self._settings:
-            settings = self._settings[id(group)] = self._updates.read(group)
-            wanted = self._updates.layout(settings, group).initial.keys()
-            for parameter in group["params"]:
-                missing = wanted - self.state[parameter].keys()
-                if missing:  # a setting has left zero that brings a state with it, as SGD's momentum does
-                    new = self._new_state(parameter)
-                    added = [*missing, *(name + SCALES for name in missing), "started"]
-                    added += [RESIDUAL + name for name in added]
-                    self.state[parameter].update({name: new[name] for name in added if name in new})
-        return self._settings[id(group)]
-
-    def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        record = self._records.get(id(parameter))
-        state = self._state_like(parameter, record.leaf if record is not None else parameter)
-        if record is None:
-            return state
-        return state | {"basis": record.basis} | self._residuals.new_state(record)
-
-    def _state_like(self, parameter: Tensor, like: Tensor) -> dict[str, Tensor]:
-        """New states of the class for a parameter and a gradient of the shape of ``like``."""
-        group = self._groups[id(parameter)]
-        layout = self._updates.layout(self._updates.read(group), group)
-        state = layout.format.make(layout.initial, like, parameter.dtype)
-        state |= {name: torch.tensor(value, dtype=torch.float32) for name, value in layout.scalars.items()}
-        if None in layout.initial.values():
-            # Some of the state is made by the first step (SGD's momentum), whose graph is another one.
-            state["started"] = torch.tensor(0.0)
-        return state
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])

@@ -9,11 +9,27 @@ from typing import Any
 
 from torch import Tensor
 
-from galore_fx.runtime.optimizer_state import RESIDUAL, Counters
+from galore_fx.runtime.optimizer_state import RESIDUAL, Counters, is_of_residual
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.sparse_residual import back_projection_at
 
-_SCORES = "scores"
+MakeState = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+def new_residual_state(record: ProjectedParameter, make_state: MakeState) -> dict[str, Tensor]:
+    """What a weight keeps for its residual now.
+
+    Args:
+        record: of the weight.
+        make_state: new states of the optimizer class for a weight and a gradient of a shape.
+    """
+    residual = record.residual
+    if residual is None:
+        return {}
+    if residual.scores is not None:
+        return {"columns": residual.columns, "scores": residual.scores}
+    own = make_state(record.weight, residual.leaf)
+    return {"columns": residual.columns, **{RESIDUAL + name: value for name, value in own.items()}}
 
 
 class ResidualTraining:
@@ -23,7 +39,7 @@ class ResidualTraining:
         records: the projected parameters.
         states: of the optimizer, by weight.
         counters: of the optimizer.
-        make_state: new states of the class for a weight and a gradient of a shape.
+        make_state: as of ``new_residual_state``.
     """
 
     def __init__(
@@ -31,21 +47,11 @@ class ResidualTraining:
         records: Iterable[ProjectedParameter],
         states: Mapping[Tensor, dict[str, Any]],
         counters: Counters,
-        make_state: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        make_state: MakeState,
     ) -> None:
         self._records = [record for record in records if record.residual is not None]
         self._states, self._counters = states, counters
         self._make_state = make_state
-
-    def new_state(self, record: ProjectedParameter) -> dict[str, Tensor]:
-        """What a weight keeps for its residual now."""
-        residual = record.residual
-        if residual is None:
-            return {}
-        if residual.scores is not None:
-            return {"columns": residual.columns, _SCORES: residual.scores}
-        own = self._make_state(record.weight, residual.leaf)
-        return {"columns": residual.columns, **{RESIDUAL + name: value for name, value in own.items()}}
 
     def entries(self, record: ProjectedParameter | None, projected: Tensor) -> Tensor | None:
         """What the entries of a weight are to be updated with, and the gradient is consumed.
@@ -77,6 +83,6 @@ class ResidualTraining:
             residual.set_learning(num_updates)
             if residual.is_learning != was_learning:
                 state = self._states[record.weight]
-                for name in [name for name in state if name == _SCORES or name.startswith(RESIDUAL)]:
+                for name in [name for name in state if is_of_residual(name)]:
                     del state[name]
-                state |= self.new_state(record)
+                state |= new_residual_state(record, self._make_state)
