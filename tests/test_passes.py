@@ -120,7 +120,9 @@ def test_gradcheck_of_the_input_and_bias():
     leaf = torch.zeros(5, 2, dtype=torch.float64)
 
     def function(x, b):
-        return ProjectedLinear.apply(x, w.detach(), b, basis, leaf, None, None, WeightLayout.OUT_IN, ProjectedDim.COLS)
+        return ProjectedLinear.apply(
+            x, w.detach(), b, basis, leaf, *(None,) * 4, WeightLayout.OUT_IN, ProjectedDim.COLS
+        )
 
     assert torch.autograd.gradcheck(function, (x, b))
 

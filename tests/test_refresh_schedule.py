@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 
 from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
 
@@ -33,6 +33,7 @@ def test_every_group_refreshes_once_per_gap(gap, groups):
         assert {b - a for a, b in zip(times, times[1:], strict=False)} == {gap}
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # drawing waits where the machine is shared
 @given(
     num_layers=st.integers(1, 9),
     limit=st.integers(1, 4),

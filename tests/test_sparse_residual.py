@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import galore_fx
@@ -35,7 +35,7 @@ def _rows(columns, num_rows):
     return torch.stack([columns[row // block] for row in range(num_rows)]).long()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(2, 12), st.data(), st.integers(1, 5), st.integers(1, 90))
 def test_entries_of_the_gradient_and_of_a_back_projection(t, m, n, data, block, part):
     k = data.draw(st.integers(1, n))

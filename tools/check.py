@@ -4,6 +4,7 @@ python tools/check.py            all of it
 python tools/check.py --fast     without the tests
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,11 @@ def main() -> int:
     if "--fast" not in sys.argv[1:]:
         checks.append([sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=10"])
     failed = 0
+    # A test worker has a core of its own: threads of several workers would wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in checks:
         print("$", *command[1:], flush=True)
-        failed += subprocess.run(command, cwd=ROOT).returncode != 0
+        failed += subprocess.run(command, cwd=ROOT, env=environment).returncode != 0
     return failed
 
 
