@@ -67,6 +67,15 @@ def test_values_join_where_they_are_asked_to():
     assert [name.split(".")[-2] for name in model.galore_fx.stats()["cross_head"]] == ["q_proj", "k_proj", "v_proj"]
 
 
+def test_the_heads_of_all_layers_are_found_in_one_graph():
+    whole = torch.compile(
+        llama(2), backend="galore_fx", options={"rank": 8, "project": "input", "cross_head": "query-key"}
+    )
+    optimizer = galore_fx.optimizer(whole, adamw())
+    backward(whole, batches(1)[0])
+    assert sum(record.heads is not None for record in optimizer.records) == 4
+
+
 def test_a_block_without_attention_is_named_and_trains():
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).train()
     galore_fx.compile(model, rank=4, optimizer=adamw(), **CROSS)

