@@ -4,8 +4,8 @@
 copy of that function runs here whose ``linear`` is ours; masks, heads and dropout stay torch's.
 
 Cross-attention splits a packed weight (3 E, E) into parts of its rows. A basis of the columns serves all parts, and
-``R`` is split as the weight is. A basis of the rows would need the whole product at once: such a weight keeps its full
-gradient.
+``R`` is split as the weight is. A basis of the rows, and the gradient of heads that may lie in any part, would need the
+whole product at once: such a weight keeps its full gradient.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class _Projected:
     dim: str
 
     def split(self, sizes: list[int]) -> Any:
-        if self.dim == ProjectedDim.ROWS.value:
+        if self.dim == ProjectedDim.ROWS.value or "head_features" in self.inputs:
             return self.weight.split(sizes)
         by_rows = [name for name in ("leaf", "residual_leaf", "residual_columns") if name in self.inputs]
         parts = zip(*(self.inputs[name].split(sizes) for name in by_rows), strict=True)

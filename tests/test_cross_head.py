@@ -1,5 +1,7 @@
 """Cross-head projection: the basis of one head, drawn anew at each refresh, serves all heads of a weight."""
 
+import copy
+
 import pytest
 import torch
 
@@ -83,6 +85,30 @@ def test_a_block_without_attention_is_named_and_trains():
         model(torch.ones(3, 16)).sum().backward()
     model.galore_fx.optimizer.step()
     assert model.galore_fx.stats()["cross_head"] == []
+
+
+def test_cross_attention_of_torch_splits_the_packed_weight():
+    class Crossed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x, y):
+            return self.attention(x, y, y, need_weights=False)[0]
+
+    torch.manual_seed(0)
+    model = Crossed().train()
+    plain = copy.deepcopy(model)
+    galore_fx.compile(model, rank=4, optimizer=adamw(), **CROSS)
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    plain(x, y).square().sum().backward()
+    model(x, y).square().sum().backward()
+    record = next(r for r in model.galore_fx.optimizer.records if r.heads is not None)
+    features = record.heads.features.clone()
+    with pytest.warns(UserWarning, match="the full gradient of attention.in_proj_weight was formed"):
+        model.galore_fx.optimizer.step()
+    expected = exact_basis(plain.attention.in_proj_weight.grad[features], 4, record.dim)
+    torch.testing.assert_close(_span(record.basis), _span(expected), atol=1e-3, rtol=0)
 
 
 def test_every_head_is_drawn_and_the_draw_follows_from_its_number():

@@ -25,18 +25,7 @@ _SDPA = torch.nn.functional.scaled_dot_product_attention
 _MOVES = {
     *("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand", "split", "chunk"),
     *("unbind", "flatten", "unflatten", "select", "narrow", "swapaxes", "movedim", "clone", "repeat_interleave"),
-    *(
-        "expand_as",
-        "broadcast_to",
-        "view_as",
-        "reshape_as",
-        "repeat",
-        "getitem",
-        "t",
-        "tensor_split",
-        "index_select",
-        "mT",
-    ),
+    *("broadcast_to", "repeat", "getitem", "t", "tensor_split"),
 }
 _JOINS = {"cat", "concat", "stack"}
 # What mixes elements of a vector only by a common factor, or not at all.
@@ -139,8 +128,8 @@ class FeatureLabels:
             # Scores keep their shape and order as far as an attention needs them: a view changes neither.
             return value if isinstance(value, _Scores) and name != "getitem" else None
         function = _function(node, name)
-        arguments, keywords = fx.map_arg(tuple(others), _concrete), fx.map_arg(dict(node.kwargs), _concrete)
         try:
+            arguments, keywords = fx.map_arg(tuple(others), _concrete), fx.map_arg(dict(node.kwargs), _concrete)
             results = [function(labels, *arguments, **keywords) for labels in value.maps]
         except (RuntimeError, TypeError, IndexError, ValueError):
             return None  # moved by something that is not known here
@@ -152,9 +141,7 @@ class FeatureLabels:
         joined: Any = node.args[0] if node.args else node.kwargs.get("tensors")
         joined = [part for part in joined if not _is_empty(part)]  # an empty cache of keys and values
         values = [value for value in map(self._values.get, joined) if isinstance(value, Labelled)]
-        if not joined:
-            return None
-        if len(values) != len(joined) or any(value.source is not values[0].source for value in values):
+        if not values or len(values) != len(joined) or any(value.source is not values[0].source for value in values):
             return None
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         number = max(len(value.maps) for value in values)
@@ -260,7 +247,7 @@ def _is_empty(node: fx.Node) -> bool:
 
 
 def _concrete(node: fx.Node) -> Any:
-    """A size or a tensor that a move depends on, as a number; raises where it is not known."""
+    """A size that a move depends on, as a number; raises where it is none."""
     value = node.meta.get("example_value")
     if isinstance(value, torch.SymInt | int):
         return int(value)
