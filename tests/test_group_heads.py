@@ -128,7 +128,7 @@ def test_values_made_of_two_weights_have_no_heads():
             query = nn.functional.linear(x, a) + nn.functional.linear(x, b)
             value = nn.functional.linear(x, c)
             split = [each.view(2, 3, 2, 4).transpose(1, 2) for each in (query, value)]
-            value[x[..., 0].argsort()]  # moved by what only a run can tell: it has no labels, and that is all
+            value[:, x[0, :, 0].argsort()]  # moved by what only a run can tell: it has no labels, and that is all
             return nn.functional.scaled_dot_product_attention(split[0], split[1], split[1])
 
     gm = fx.symbolic_trace(Mixed())
