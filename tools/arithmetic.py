@@ -1,0 +1,147 @@
+"""Fine-tunes a small model on word problems and counts the answers that are exactly right.
+
+    python tools/arithmetic.py --recipe galore+               base model, if there is none yet; then the fine-tuning
+    python tools/arithmetic.py --recipe full --lr 5e-4
+
+The base model is the main job's, trained on Python's sources (``tools/train.py``) and kept in ``--base``. The problems
+are made here: names, things and small numbers in a few sentences, one or two operations; the operands of the held-out
+ones are in no training problem. Digits are written apart, so that each is a token.
+"""
+
+import argparse
+import functools
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import train
+from recipe_parts import add_part_option
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import galore_fx
+from galore_fx.measurement import counted_peak
+
+BASE_STEPS, BASE_LR = 600, 1e-3
+LARGEST = 30
+NUM_HELD_OUT, HELD_OUT_EVERY = 512, 10
+NAMES = ("Ada", "Ben", "Eva", "Max", "Ida", "Tom", "Zoe", "Leo")
+THINGS = ("apples", "books", "coins", "cards", "shells", "pens")
+# Text and answer of each kind of problem, from operands a, b, c.
+KINDS = (
+    ("{x} has {a} {things} and gets {b} more. How many {things} does {x} have?", lambda a, b, c: a + b),
+    ("{x} has {a} {things} and gives {b} to {y}. How many {things} are left?", lambda a, b, c: a - b),
+    ("{x} has {a} {things}, {y} has {b} more. How many {things} do they have together?", lambda a, b, c: 2 * a + b),
+    ("{x} had {a} {things}, found {b} and lost {c}. How many {things} does {x} have?", lambda a, b, c: a + b - c),
+)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Fine-tunes; returns exact-match accuracy, loss of the answers and counted peak."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="galore+")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", default="runs/arithmetic-base", help="folder of the base model's run")
+    parser.add_argument("--base-steps", type=int, default=BASE_STEPS)
+    add_part_option(parser)
+    arguments = parser.parse_args(argv)
+    model, tokenizer = _base(Path(arguments.base), arguments.base_steps)
+    data = {name: encode(problems, tokenizer) for name, problems in make_problems(arguments).items()}
+    torch.manual_seed(arguments.seed)
+    adamw = functools.partial(torch.optim.AdamW, lr=arguments.lr, weight_decay=0.0)
+    galore_fx.compile(model.train(), recipe=arguments.recipe, optimizer=adamw, **dict(arguments.part))
+    optimizer = model.galore_fx.optimizer
+    schedule = functools.partial(train._schedule, steps=arguments.steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    bar = tqdm(range(arguments.steps), unit="step", disable=None)
+    ids, labels = data["train"]
+
+    for number in bar:
+        at = slice(number * arguments.batch, (number + 1) * arguments.batch)
+        loss = model(input_ids=ids[at], labels=labels[at]).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+    accuracy, loss = evaluate(model, *data["held out"])
+    stats = model.galore_fx.stats()
+    figures = {"exact_match": accuracy, "held_out_loss": loss, "num_refreshes": stats["num_refreshes"]}
+    batch = {"input_ids": ids[: arguments.batch], "labels": labels[: arguments.batch]}
+    figures["counted_peak_bytes"] = counted_peak(model, batch)
+    print(f"exact match {accuracy:.1%}, loss of the answers {loss:.4f} nats per token")
+    return figures
+
+
+def make_problems(arguments: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
+    """Question and answer: enough to train on each once, and held-out ones with operands of their own."""
+    draw = random.Random(arguments.seed)
+    wanted = {"train": arguments.steps * arguments.batch, "held out": NUM_HELD_OUT}
+    made: dict[str, list[tuple[str, str]]] = {name: [] for name in wanted}
+    while any(len(made[name]) < number for name, number in wanted.items()):
+        text, answer = draw.choice(KINDS)
+        a, b, c = (draw.randint(2, LARGEST) for _ in range(3))
+        x, y = draw.sample(NAMES, 2)
+        result = answer(a, b, c)
+        part = "held out" if hash((a, b)) % HELD_OUT_EVERY == 0 else "train"
+        if result >= 0 and len(made[part]) < wanted[part]:
+            numbers = {"a": _spaced(a), "b": _spaced(b), "c": _spaced(c)}
+            made[part].append((text.format(x=x, y=y, things=draw.choice(THINGS), **numbers), f" {_spaced(result)}\n"))
+    return made
+
+
+def encode(problems: list[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and labels, (problems, longest) int64: padded on the right, and -100 wherever it is not the answer."""
+    questions, answers = ([e.ids for e in tokenizer.encode_batch(list(t))] for t in zip(*problems, strict=True))
+    longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
+    ids = torch.zeros(len(problems), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        both = torch.tensor([*question, *answer])
+        ids[row, : len(both)] = both
+        labels[row, len(question) : len(both)] = both[len(question) :]
+    return ids, labels
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Share of problems answered exactly right by greedy decoding, and mean loss of an answer's token in nats.
+
+    Greedy decoding gives the answer exactly where each of its tokens is the most likely one after those before it.
+    """
+    model.eval()
+    logits = torch.cat([model(input_ids=part).logits for part in ids.split(64)])[:, :-1].float()
+    targets = labels[:, 1:]
+    is_answer = targets != -100
+    is_right = ((logits.argmax(-1) == targets) | ~is_answer).all(1)
+    loss = nn.functional.cross_entropy(logits[is_answer], targets[is_answer])
+    model.train()
+    return float(is_right.float().mean()), float(loss)
+
+
+def _base(folder: Path, steps: int) -> tuple[Any, Any]:
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "model" / "tokenizer.json").exists():
+        print(f"training the base model into {folder} ...", flush=True)
+        command = ["--out", str(folder), "--steps", str(steps), "--lr", str(BASE_LR), "--recipe", "full"]
+        train.main([*command, *(["--resume"] if (folder / "checkpoint.pt").exists() else [])])
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    return model, Tokenizer.from_file(str(folder / "model" / "tokenizer.json"))
+
+
+def _spaced(number: int) -> str:
+    return " ".join(str(number))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (train.InputError, train.TextError, galore_fx.GaloreFxError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

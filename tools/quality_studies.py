@@ -1,0 +1,101 @@
+"""What ``tools/quality.py`` compares: for each study its variants, as arguments of the script that trains them."""
+
+import dataclasses
+
+_GAP = ["--refresh-gap", "25"]
+_LAZY = ["--recipe", "q-galore", *_GAP]
+_PLUS = ["--recipe", "galore+"]
+_DROP, _NO_HEADS = ["--part", "residual=drop"], ["--part", "cross_head=null"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Runs that are compared.
+
+    Attributes:
+        name: on the command line and in the rows.
+        title, text: of its section; ``{steps}`` stands for the steps.
+        steps: of each run.
+        against: the variant whose loss the others' is compared with.
+        variants: name and arguments of each run.
+        is_arithmetic: of ``tools/arithmetic.py`` instead of ``tools/train.py``.
+    """
+
+    name: str
+    title: str
+    text: str
+    steps: int
+    against: str
+    variants: dict[str, list[str]]
+    is_arithmetic: bool = False
+
+
+def _density(share: float) -> list[str]:
+    return ["--part", f"residual_density={share}"]
+
+
+_STUDIES = (
+    Study(
+        "quantised",
+        "Quantised weights, bases and states; lazy refresh",
+        "{steps} steps of 8 x 64 tokens, gap 25, learning rate 2e-3. *Stability*: of the weights' last refreshes, "
+        "smallest and largest.",
+        steps=1500,
+        against="galore",
+        variants={
+            "adamw": ["--recipe", "full"],
+            "galore": ["--recipe", "galore", *_GAP],
+            "q-galore": _LAZY,
+            "q-galore, nearest": [*_LAZY, "--part", "rounding=nearest"],
+            "q-galore, fixed gap": [*_LAZY, "--part", "refresh=fixed"],
+            "q-galore, first vector": [*_LAZY, "--part", "lazy_statistic=first-vector", "--part", "lazy_threshold=0.4"],
+            "q-galore, threshold 0.75": [*_LAZY, "--part", "lazy_threshold=0.75"],
+        },
+    ),
+    Study(
+        "galore+",
+        "GaLore+: heads, residuals, gaps",
+        "{steps} steps of 8 x 64 tokens, learning rate 2e-3 unless said, rank 64 of 256.",
+        steps=600,
+        against="galore",
+        variants={
+            "adamw, lr 5e-4": ["--recipe", "full", "--lr", "5e-4"],
+            "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
+            "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
+            "galore": ["--recipe", "galore", "--refresh-gap", "20"],
+            "galore, gap 200": ["--recipe", "galore"],
+            "no residual, one basis a weight": [*_PLUS, *_DROP, *_NO_HEADS],
+            "no residual": [*_PLUS, *_DROP],
+            "galore+ (density 0.02)": _PLUS,
+            "density 0.06": [*_PLUS, *_density(0.06)],
+            "density 0.02, one basis a weight": [*_PLUS, *_NO_HEADS],
+            "density 0.02, additive": [*_PLUS, "--part", "residual_variant=additive"],
+            "density 0.02, moments rotated": [*_PLUS, "--part", "moments_on_refresh=rotate"],
+            "no residual, one basis a weight, gap 5": [*_PLUS, *_DROP, *_NO_HEADS, "--refresh-gap", "5"],
+            "no residual, one basis a weight, gap 50": [*_PLUS, *_DROP, *_NO_HEADS, "--refresh-gap", "50"],
+            "no residual, one basis a weight, gap 200": [*_PLUS, *_DROP, *_NO_HEADS, "--refresh-gap", "200"],
+        },
+    ),
+    Study(
+        "arithmetic",
+        "GaLore+: fine-tuning on word problems",
+        "The model is first trained on the text (AdamW, 600 steps), then for {steps} steps on 16 made word problems "
+        "each, none seen twice; 512 held-out ones have operands of their own. *Exact match*: of the whole answer, "
+        "greedy. The loss is of the answers' tokens. Learning rate 2e-3 unless said.",
+        steps=600,
+        against="galore",
+        is_arithmetic=True,
+        variants={
+            "adamw, lr 5e-4": ["--recipe", "full", "--lr", "5e-4"],
+            "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
+            "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
+            "galore": ["--recipe", "galore", "--part", "refresh_gap=20"],
+            "no residual, one basis a weight": [*_PLUS, *_DROP, *_NO_HEADS],
+            "no residual": [*_PLUS, *_DROP],
+            "galore+ (density 0.02)": _PLUS,
+            "density 0.06": [*_PLUS, *_density(0.06)],
+            "density 0.02, one basis a weight": [*_PLUS, *_NO_HEADS],
+        },
+    ),
+)
+STUDIES = {study.name: study for study in _STUDIES}
