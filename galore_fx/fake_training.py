@@ -60,7 +60,16 @@ class FakeTraining:
         num_elements: int,
     ) -> None:
         # Refreshes come when they are asked for, and all at once.
-        endless = dataclasses.replace(decisions.recipe, refresh_gap=10**9, refresh_limit=None, residual_warm_up=0)
+        # What decides on them is played in every step, and never decides for one.
+        endless = dataclasses.replace(
+            decisions.recipe,
+            refresh_gap=10**9,
+            refresh_limit=None,
+            residual_warm_up=0,
+            iterations=1,
+            lotus_threshold=0.0,
+            lotus_interval=1,
+        )
         self._refresh_limit = decisions.recipe.refresh_limit
         self._simulator, self._fake, self._counter = simulator, fake, counter
         self._members, self._names = played_blocks.members, played_blocks.names

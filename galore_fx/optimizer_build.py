@@ -12,6 +12,7 @@ from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe
 from galore_fx.runtime.dispatch import ClearingZeroGrad, PlainSave
+from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
@@ -69,6 +70,13 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
             basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
         record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
         record.shared_roles = frozenset((decisions.recipe.cross_head or "").split("-")) - {""}
+        projected_shape = dim.projected_shape((entry.shape[0], entry.shape[1]), entry.rank)
+        if decisions.recipe.oversampling:
+            record.oversample(min(decisions.recipe.oversampling, shape[0] - entry.rank))
+        if decisions.recipe.refresh == "lotus":
+            record.first_direction = torch.zeros(projected_shape, dtype=record.leaf.dtype, device=weight.device)
+        if decisions.recipe.residual == "scaled":
+            record.complement_norm = torch.zeros((), device=weight.device)
         if decisions.recipe.residual == "sparse":
             record.residual = SparseResidual.create(
                 weight,
@@ -84,12 +92,8 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
 
 def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], layers: list[int]) -> SubspaceOptimizer:
     recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
-    schedule = FixedSchedule(
-        recipe.refresh_gap, len(decisions.regions), recipe.stagger, 1 if exact else SUBSPACE_ITERATION_WARM_UP
-    )
-    lazy = None
-    if recipe.refresh == "lazy":
-        lazy = LazyGaps(recipe.refresh_gap, recipe.lazy_threshold, recipe.lazy_queue, recipe.lazy_limit)
+    num_initial = 1 if exact else max(SUBSPACE_ITERATION_WARM_UP, recipe.iterations)
+    schedule = FixedSchedule(recipe.refresh_gap, len(decisions.regions), recipe.stagger, num_initial, recipe.iterations)
     return SubspaceOptimizer(
         decisions.optimizer.param_groups,
         decisions.optimizer.defaults,
@@ -97,7 +101,7 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         records=records,
         layers=layers,
         schedule=schedule,
-        lazy=lazy,
+        criterion=_criterion(recipe),
         by_first_vector=recipe.lazy_statistic == "first-vector",
         refresh_limit=recipe.refresh_limit,
         exact=exact,
@@ -107,3 +111,9 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         max_grad_norm=recipe.max_grad_norm,
         rounding_seed=_SEED if recipe.rounding == "stochastic" else None,
     )
+
+
+def _criterion(recipe: Recipe) -> LazyGaps | Displacement | None:
+    if recipe.refresh == "lazy":
+        return LazyGaps(recipe.refresh_gap, recipe.lazy_threshold, recipe.lazy_queue, recipe.lazy_limit)
+    return Displacement(recipe.lotus_threshold, recipe.lotus_interval) if recipe.refresh == "lotus" else None

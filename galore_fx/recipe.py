@@ -3,18 +3,21 @@
 part          values
 rank          int, or fraction of the shorter side
 project       shorter (GaLore's rule) | input | output
-basis         svd | subspace-iteration
+basis         svd | subspace-iteration; iterations, oversampling: of the latter
 cross_head    query-key | query-key-value: one head's basis for all heads of these; None: each weight its own
-refresh       fixed | lazy: a basis whose subspace stays is renewed less and less often
+refresh       fixed | lazy: a basis whose subspace stays is renewed less and less often | lotus: where the gradient
+              inside its subspace has stopped moving
 refresh_gap   updates between two refreshes of the same basis; the first such gap where they are lazy
 moments_on_refresh  keep | rotate | reset: the optimizer's states when their basis is exchanged
 lazy_statistic  overlap | first-vector: what tells that a subspace stays
 lazy_threshold  from where on it does, 0 to 1
 lazy_queue    refreshes whose mean statistic decides
 lazy_limit    the largest gap, in multiples of refresh_gap
+lotus_threshold, lotus_interval  displacement of an update below which a basis is renewed, and how often it is asked
 stagger       spread the refreshes of the layers over the gap
 refresh_limit blocks whose bases may be renewed in the same update; None: all that are due
-residual      drop | sparse: the part of the gradient outside the subspace; sparse: some entries are trained besides
+residual      drop | sparse | scaled: the part of the gradient outside the subspace; sparse: some entries are trained
+              besides; scaled: it is applied as the optimizer scales the rest
 residual_density  share of a weight's entries that are
 residual_variant  rectified | additive: full-rank steps at the entries, or steps on what the subspace misses there
 residual_warm_up  updates in which the entries are learnt
@@ -38,9 +41,9 @@ Project = Literal["shorter", "input", "output"]
 Basis = Literal["svd", "subspace-iteration"]
 CrossHead = Literal["query-key", "query-key-value"]
 MomentsOnRefresh = Literal["keep", "rotate", "reset"]
-Residual = Literal["drop", "sparse"]
+Residual = Literal["drop", "sparse", "scaled"]
 ResidualVariant = Literal["rectified", "additive"]
-Refresh = Literal["fixed", "lazy"]
+Refresh = Literal["fixed", "lazy", "lotus"]
 LazyStatistic = Literal["overlap", "first-vector"]
 Update = Literal["deferred", "in-backward"]
 Rounding = Literal["stochastic", "nearest"]
@@ -56,13 +59,18 @@ class Recipe:
         rank: columns of each basis, or the fraction of the weight's shorter side. Clamped to the shorter side.
         project: which dimension shrinks to the rank: the shorter side (GaLore, Zhao et al. 2024,
             arXiv:2403.03507, section 4.2), the layer's inputs, or its outputs.
-        basis: exact SVD of the gradient, or one warm iteration of the subspace method.
+        basis: exact SVD of the gradient, or the subspace method, warm-started from the old basis.
+        iterations: of the subspace method at each refresh, one in each of so many updates in a row, every one with the
+            gradient of its own batch.
+        oversampling: random columns that the sketch has besides the basis; of all the leading ones are kept (Halko,
+            Martinsson, Tropp 2011, section 4.2).
         cross_head: the weights of an attention's queries and keys (and values) find their basis from the gradient of
             one head, or as many as the rank needs, drawn anew at each refresh (GaLore+, Liao et al. 2024,
             arXiv:2412.19820; reconstructed). Needs ``project="input"``. Weights in which the graph shows no heads are
             projected as others are.
-        refresh: when a basis is renewed: at a fixed gap, or lazily, each weight at a gap of its own that doubles while
-            its subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2).
+        refresh: when a basis is renewed: at a fixed gap; lazily, each weight at a gap of its own that doubles while its
+            subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2); or where the gradient inside the subspace has
+            stopped moving (Lotus, arXiv:2602.01233, algorithm 1), looked at every ``lotus_interval`` updates.
         moments_on_refresh: with a new basis, states stay as they are (GaLore), are expressed in it (LDAdam, Robert et
             al. 2024, arXiv:2410.16103), or start anew.
         refresh_gap: updates between two refreshes of one basis (GaLore's T).
@@ -71,12 +79,17 @@ class Recipe:
         lazy_threshold: mean of the statistic from which on the gap doubles.
         lazy_queue: of how many refreshes the mean is taken (Q-GaLore: 5).
         lazy_limit: the largest gap, as a multiple of ``refresh_gap``.
+        lotus_threshold: mean displacement of an update, of the unit projected gradient, below which a basis is
+            renewed (Lotus's gamma: 0.005 to 0.02).
+        lotus_interval: updates between two decisions (Lotus's eta: 25 to 100).
         stagger: refresh the layers one after the other over the gap, instead of all in the same step.
         refresh_limit: blocks whose bases may be renewed in the same update, None for all that are due; the others wait
             their turn. What a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
             alive for so many blocks only.
         residual: what becomes of the gradient outside the subspace: nothing (GaLore), or some entries of it are kept
-            and trained with moments of their own (GaLore+; reconstructed, see runtime/sparse_residual.py).
+            and trained with moments of their own (GaLore+; reconstructed, see runtime/sparse_residual.py), or all of it
+            is applied, scaled as the optimizer scales the rest (Fira, Chen et al. 2024, arXiv:2410.01623). The latter
+            needs ``update="in-backward"`` and forms the full gradients of one block at a time.
         residual_density: share of the entries: so many columns in each block of 64 rows.
         residual_variant: at these entries the step of full-rank training in place of the back-projected one, or the
             optimizer's step on the error of the projection added to it.
@@ -100,6 +113,8 @@ class Recipe:
     rank: int | float = 0.25
     project: Project = "shorter"
     basis: Basis = "subspace-iteration"
+    iterations: int = 1
+    oversampling: int = 0
     cross_head: CrossHead | None = None
     refresh: Refresh = "fixed"
     moments_on_refresh: MomentsOnRefresh = "keep"
@@ -108,6 +123,8 @@ class Recipe:
     lazy_threshold: float = 0.6
     lazy_queue: int = 5
     lazy_limit: int = 16
+    lotus_threshold: float = 0.01
+    lotus_interval: int = 50
     stagger: bool = True
     refresh_limit: int | None = None
     residual: Residual = "drop"
@@ -151,10 +168,15 @@ RECIPES = {
     # Reconstructed: Liao et al. 2024, arXiv:2412.19820. Cross-head bases of queries and keys, subspace iteration and
     # sparse residuals are the paper's; the gap and the density are ours (docs/architecture.md).
     "galore+": Recipe("galore+", project="input", cross_head="query-key", residual="sparse", refresh_gap=20),
+    # Verified against the paper's algorithm 1, arXiv:2602.01233: randomized refreshes when the gradient has stopped
+    # moving. What becomes of the moments is not said there; they are kept, as GaLore's code does.
+    "lotus": Recipe("lotus", refresh="lotus", stagger=False),
+    # Chen et al. 2024, arXiv:2410.01623: GaLore's settings, and the residual. Updates in the backward are ours.
+    "fira": Recipe("fira", basis="svd", refresh_gap=200, stagger=False, residual="scaled", update="in-backward"),
     # Provisional: frequent warm refreshes, since a stale basis loses more than an inexact one.
     "auto": Recipe("auto"),
 }
-NOT_BUILT_YET = ("gradnormlorp", "galore2", "lotus", "vlorp", "fira")
+NOT_BUILT_YET = ("gradnormlorp", "galore2", "vlorp")
 PARTS_NOT_BUILT_YET = (
     "granularity",
     "weight_norm",
@@ -219,10 +241,9 @@ def _check(recipe: Recipe) -> None:
                 f"cross_head={recipe.cross_head!r} shares a basis of the layer's inputs among its heads, and "
                 f"project={recipe.project!r} may project the outputs; use project='input'"
             )
-    for part in ("refresh_gap", "lazy_queue", "lazy_limit", "residual_warm_up"):
-        number = getattr(recipe, part)
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise SettingError(f"{part}={number!r} must be an int of at least 1")
+    for part in ("refresh_gap", "lazy_queue", "lazy_limit", "lotus_interval", "residual_warm_up", "iterations"):
+        _check_int(part, getattr(recipe, part), 1)
+    _check_subspace(recipe)
     threshold = recipe.lazy_threshold
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0.0 <= threshold <= 1.0:
         raise SettingError(f"lazy_threshold={threshold!r} must be a number from 0 to 1")
@@ -248,6 +269,8 @@ def _check(recipe: Recipe) -> None:
             f"residual='sparse' changes single entries of a weight, which weight_bits={recipe.weight_bits} keeps in "
             "groups; use weight_bits=None, or residual='drop'"
         )
+    if recipe.residual == "scaled":
+        _check_scaled(recipe)
     limit = recipe.refresh_limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SettingError(f"refresh_limit={limit!r} must be an int of at least 1, or None for all that are due")
@@ -262,6 +285,56 @@ def _check(recipe: Recipe) -> None:
                 "max_grad_norm needs all gradients at once, which update='in-backward' never holds; "
                 "use update='deferred', or max_grad_norm=None"
             )
+
+
+def _check_subspace(recipe: Recipe) -> None:
+    """How a basis is found and when."""
+    _check_int("oversampling", recipe.oversampling, 0)
+    for part, plain in (("iterations", 1), ("oversampling", 0)):
+        number = getattr(recipe, part)
+        if number == plain:
+            continue
+        if recipe.basis == "svd":
+            raise SettingError(f"{part}={number} is of basis='subspace-iteration', and basis='svd' has none")
+        if recipe.refresh == "lazy" and recipe.lazy_statistic == "overlap":
+            raise SettingError(
+                f"{part}={number} changes what the overlap of a sketch means; use refresh='fixed' or 'lotus', "
+                "lazy_statistic='first-vector', or leave it"
+            )
+    if recipe.iterations > 1 and recipe.refresh != "fixed":
+        raise SettingError(
+            f"iterations={recipe.iterations} are updates in a row that follow from a fixed gap; with refresh="
+            f"{recipe.refresh!r} use 1"
+        )
+    if recipe.iterations > recipe.refresh_gap:
+        raise SettingError(
+            f"iterations={recipe.iterations} take as many updates, and the next refresh is refresh_gap="
+            f"{recipe.refresh_gap} updates after the first of them"
+        )
+    _check_positive("lotus_threshold", recipe.lotus_threshold)
+    if recipe.refresh == "lotus" and not recipe.projects:
+        raise SettingError(f"refresh='lotus' is for projected weights, and recipe {recipe.name!r} projects none")
+
+
+def _check_scaled(recipe: Recipe) -> None:
+    """Fira's residual needs each full gradient once, where it is made."""
+    if not recipe.projects:
+        raise SettingError(f"residual='scaled' is for projected weights, and recipe {recipe.name!r} projects none")
+    if recipe.update != "in-backward":
+        raise SettingError(
+            f"residual='scaled' needs the full gradients, and update={recipe.update!r} would hold all of them at once; "
+            "use update='in-backward', which holds those of one block"
+        )
+    if recipe.weight_bits is not None:
+        raise SettingError(
+            f"residual='scaled' adds to a plain weight, which weight_bits={recipe.weight_bits} has not; use "
+            "weight_bits=None, or residual='drop'"
+        )
+
+
+def _check_int(part: str, number: object, least: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise SettingError(f"{part}={number!r} must be an int of at least {least}")
 
 
 def _check_positive(part: str, value: object) -> None:

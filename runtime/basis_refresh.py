@@ -15,10 +15,17 @@ from galore_fx.runtime.refresh_schedule import RefreshQueue
 from galore_fx.runtime.sampled_heads import basis_of_heads
 from galore_fx.runtime.sparse_residual import entries_of
 from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
-from galore_fx.runtime.subspace import ProjectedDim, exact_basis, orthonormalize, project, sketch_of
+from galore_fx.runtime.subspace import (
+    ProjectedDim,
+    exact_basis,
+    leading_columns,
+    orthonormalize,
+    project,
+    sketch_of,
+)
 
-# Keeps the draws of heads apart from those of the rounding, which are numbered alike.
-_HEAD_SEED = 1
+# Keeps the draws of heads and columns apart from those of the rounding, which are numbered alike.
+_DRAW_SEED = 1
 # Around each update (with the gradient it consumes) and each refresh: what a memory counter hooks into.
 Observer = Callable[[str, Tensor | None], AbstractContextManager[None]]
 
@@ -37,7 +44,7 @@ class BasisRefresh:
         counters: the same.
         by_first_vector: measure stability by the first vectors and not by the overlap.
         observe: is told of each refresh.
-        numbers: the position of each weight, which with the number of updates says which heads are drawn.
+        numbers: the position of each weight, which with the number of updates says which heads and columns are drawn.
         transfer: is told of each new basis before it takes the old one's place.
     """
 
@@ -61,6 +68,7 @@ class BasisRefresh:
         self._numbers = numbers
         self._transfer = transfer
         self._sketches: dict[int, Tensor] = {}
+        self._turn: set[int] = set()
         self._named: set[str] = set()
 
     def set_forms(self) -> None:
@@ -70,11 +78,18 @@ class BasisRefresh:
         one for each combination.
         """
         layers = self.queue.layers_in_turn()
+        self._turn = self.queue.turn()
         for key, record in self._records.items():
             is_in_turn = self.queue.layer_of(key) in layers
-            if record.shared_roles:
-                record.draw_heads(key_of(_HEAD_SEED, self.counters.num_updates, self._numbers[key]))
-            record.form = record.refresh_form if is_in_turn else GradientForm.PROJECTED
+            if record.draws:
+                record.draw(key_of(_DRAW_SEED, self.counters.num_updates, self._numbers[key]))
+            steady = GradientForm.FULL if record.wants_full_gradient else GradientForm.PROJECTED
+            record.form = record.refresh_form if is_in_turn and steady is GradientForm.PROJECTED else steady
+
+    def note_direction(self, record: ProjectedParameter, projected: Tensor) -> None:
+        """Takes note of a gradient that an update is about to consume, where a refresh hangs on it."""
+        if self.queue.displacement is not None and record.first_direction is not None:
+            self.queue.displacement.note(id(record.weight), projected, record.first_direction)
 
     def forget(self) -> None:
         """Drops the sketches of the window."""
@@ -89,16 +104,18 @@ class BasisRefresh:
     def project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
         """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
         key = id(record.weight)
-        is_due = key in self.queue.due_since
-        if record.form is GradientForm.FULL and is_due:
+        is_due = key in self._turn and key in self.queue.due_since
+        if record.refresh_form is GradientForm.FULL and is_due:
             self._renew(
                 record,
                 lambda: exact_basis(grad, record.rank, record.dim),
                 lambda new: gradient_overlap(grad, record.basis, new, record.dim),
             )
-        if record.form is GradientForm.SKETCHED and is_due:
-            self._sketches.setdefault(key, sketch_of(grad, record.basis, record.dim))
-        if record.form is GradientForm.HEADS and is_due and record.heads is not None:
+        if record.refresh_form is GradientForm.SKETCHED and is_due:
+            extra = [record.sketch_columns] if record.sketch_columns is not None else []
+            start = torch.cat([record.basis, *extra], dim=1) if extra else record.basis
+            self._sketches.setdefault(key, sketch_of(grad, start, record.dim))
+        if record.refresh_form is GradientForm.HEADS and is_due and record.heads is not None:
             features = record.heads.features
             self._sketches.setdefault(key, grad.index_select(0 if record.dim is ProjectedDim.COLS else 1, features))
         if record.form is not GradientForm.FULL and record.name not in self._named:
@@ -127,7 +144,11 @@ class BasisRefresh:
             with torch.no_grad():
                 if record.heads is None:
                     self._renew(
-                        record, lambda: orthonormalize(sketch), lambda _new: sketch_overlap(record.basis, sketch)
+                        record,
+                        lambda: orthonormalize(
+                            sketch if record.sketch_columns is None else leading_columns(sketch, record.rank)
+                        ),
+                        lambda _new: sketch_overlap(record.basis, sketch),
                     )
                 else:
                     self._renew(

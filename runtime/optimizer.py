@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from galore_fx.errors import OptimizerError, UsageError
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
+from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments
 from galore_fx.runtime.optimizer_state import RESIDUAL, STATE_VERSION, Counters, restore
@@ -30,12 +31,8 @@ from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshQueue
 from galore_fx.runtime.residual_training import ResidualTraining
+from galore_fx.runtime.scaled_residual import split_complement
 from galore_fx.runtime.update_protocol import Updates
-
-
-def _unobserved(_what: str, _grad: Tensor | None) -> AbstractContextManager[None]:
-    return _NOTHING
-
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -51,7 +48,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         records: the projected parameters.
         layers: for each record, the index of its region; regions take turns in refreshing.
         schedule: when they are due.
-        lazy: the bases' own gaps, None where all have that of the schedule.
+        criterion: the bases' own gaps, or what tells that one has been used up; None where all have the schedule's gap.
         by_first_vector: measure stability by the first vectors of two bases and not by their overlap.
         refresh_limit: how many regions may refresh in the same update, None for all that are due.
         exact: exact SVD instead of subspace iteration.
@@ -71,7 +68,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         records: list[ProjectedParameter],
         layers: list[int],
         schedule: FixedSchedule,
-        lazy: LazyGaps | None,
+        criterion: LazyGaps | Displacement | None,
         by_first_vector: bool,
         refresh_limit: int | None,
         exact: bool,
@@ -94,12 +91,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._moments_on_refresh = moments_on_refresh
         self._scale = scale
         self._updated: set[int] = set()
-        self.observe: Observer = _unobserved
+        self.observe: Observer = lambda _what, _grad: _NOTHING
         self._watch = GradientWatch()
-        self._numbers = self._positions()
+        self._numbers = {id(p): i for i, p in enumerate(self._parameters())}
         self.refreshes = BasisRefresh(
             self._records,
-            RefreshQueue(self._layers, schedule, refresh_limit, lazy),
+            RefreshQueue(self._layers, schedule, refresh_limit, criterion),
             self.counters,
             by_first_vector=by_first_vector,
             observe=lambda what, grad: self.observe(what, grad),
@@ -328,14 +325,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 return  # R has come and the entries of its residual have not, or the other way round
             holder = record.leaf
         with torch.no_grad():
+            whole = None
             if record is not None and parameter.grad is not None:
+                whole = parameter.grad if record.wants_full_gradient else None
                 self.refreshes.project_full(record, parameter.grad)
                 holder = record.leaf
             grad, holder.grad = holder.grad, None
             assert grad is not None
             # By the norm: torch.isfinite on the gradient itself would make temporaries of its size.
-            if torch.isfinite(torch.linalg.vector_norm(grad)):
-                self._update(parameter, grad)
+            if torch.isfinite(torch.linalg.vector_norm(grad if whole is None else whole)):
+                self._update(parameter, grad, whole)
             else:
                 self.counters.num_skipped += 1
             self._updated.add(id(parameter))
@@ -344,14 +343,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     # One parameter.
 
-    def _update(self, parameter: nn.Parameter, grad: Tensor) -> None:
+    def _update(self, parameter: nn.Parameter, grad: Tensor, whole: Tensor | None = None) -> None:
         group = self._groups[id(parameter)]
         settings = self._states.settings(group)  # may add a state that the settings have come to need
         state = self.state[parameter]
         record = self._records.get(id(parameter))
         started = state.get("started")
         first = started is not None and float(started) == 0.0
-        with self.observe("update", grad):
+        complement = None
+        with self.observe("update", grad if whole is None else whole):
+            if record is not None:
+                self.refreshes.note_direction(record, grad)
+                complement = split_complement(record, whole, grad, group["lr"], self._scale)
             entries = self._residuals.entries(record, grad)
             self._updates.update(
                 parameter,
@@ -364,6 +367,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 first=first,
                 rounding_key=self._rounding_key(parameter),
                 entries=entries,
+                complement=complement,
             )
         if started is not None:
             started.fill_(1.0)
@@ -389,6 +393,3 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])
-
-    def _positions(self) -> dict[int, int]:
-        return {id(p): i for i, p in enumerate(self._parameters())}

@@ -24,7 +24,7 @@ from galore_fx.runtime.sparse_residual import gradient_at
 from galore_fx.runtime.subspace import ProjectedDim
 
 # What the record of a weight may give, in the order in which ``ProjectedLinear`` takes it.
-_INPUTS = ("basis", "leaf", "sketch_leaf", "head_features", "residual_leaf", "residual_columns")
+_INPUTS = ("basis", "leaf", "sketch_leaf", "sketch_columns", "head_features", "residual_leaf", "residual_columns")
 
 
 class WeightLayout(enum.Enum):
@@ -75,7 +75,8 @@ def projected_linear(
         inputs: what the weight's record gives for the form that is wanted, by name. ``basis``: P, (m, r) or (n, r).
             ``leaf``: Z, shape of R; its gradient is R. ``sketch_leaf``, if given: shape of P, its gradient is the
             sketch of the next basis; with ``head_features``, (k,): shape of the gradient of these features, which is
-            its own. ``residual_leaf`` and ``residual_columns``, (m, k): its gradient is G at these entries.
+            its own; with ``sketch_columns``, (m, p) or (n, p): (m, r + p) or (n, r + p), the sketch of these too.
+            ``residual_leaf`` and ``residual_columns``, (m, k): its gradient is G at these entries.
         layout: value of a ``WeightLayout``.
         dim: value of a ``ProjectedDim``.
 
@@ -86,7 +87,8 @@ def projected_linear(
         # As autocast does for a linear layer; R is computed in that precision, and cast to its leaf's by autograd.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.detach().to(dtype)
-        inputs = {**inputs, "basis": inputs["basis"].to(dtype)}
+        cast = {name: inputs[name].to(dtype) for name in ("basis", "sketch_columns") if name in inputs}
+        inputs = {**inputs, **cast}
         bias = None if bias is None else bias.to(dtype)
     extra = (inputs.get(name) for name in _INPUTS)
     out: Tensor = ProjectedLinear.apply(x, weight, bias, *extra, WeightLayout(layout), ProjectedDim(dim))
@@ -104,6 +106,7 @@ class ProjectedLinear(torch.autograd.Function):
         basis: Tensor,
         leaf: Tensor,
         sketch_leaf: Tensor | None,
+        sketch_columns: Tensor | None,
         head_features: Tensor | None,
         residual_leaf: Tensor | None,
         residual_columns: Tensor | None,
@@ -120,8 +123,8 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
-        x, weight, bias, basis, _, sketch_leaf, head_features, _, residual_columns, layout, dim = inputs
-        ctx.save_for_backward(x, weight, basis, head_features, residual_columns)
+        x, weight, bias, basis, _, sketch_leaf, sketch_columns, head_features, _, residual_columns, layout, dim = inputs
+        ctx.save_for_backward(x, weight, basis, sketch_columns, head_features, residual_columns)
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
 
@@ -129,7 +132,7 @@ class ProjectedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         """dX, None for W, db, None for P, R, the sketch or the heads' gradient, and entries of G for their leaves."""
-        x, weight, basis, head_features, residual_columns = ctx.saved_tensors
+        x, weight, basis, sketch_columns, head_features, residual_columns = ctx.saved_tensors
         grad_input = None
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ (weight if ctx.layout is WeightLayout.OUT_IN else weight.T)
@@ -142,6 +145,10 @@ class ProjectedLinear(torch.autograd.Function):
         if ctx.sketched and head_features is not None:
             next_basis = gradient_of_heads(rows, cols, head_features, ctx.dim)
         elif ctx.sketched:
-            next_basis = sketch(rows, cols, projected, ctx.dim)
+            start = projected
+            if sketch_columns is not None:
+                extra = projected_gradient(rows, cols, sketch_columns, ctx.dim)
+                start = torch.cat([projected, extra], dim=0 if ctx.dim is ProjectedDim.ROWS else 1)
+            next_basis = sketch(rows, cols, start, ctx.dim)
         entries = None if residual_columns is None else gradient_at(rows, cols, residual_columns)
-        return grad_input, None, grad_bias, None, projected, next_basis, None, entries, None, None, None
+        return grad_input, None, grad_bias, None, projected, next_basis, None, None, entries, None, None, None

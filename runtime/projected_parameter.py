@@ -12,6 +12,7 @@ import enum
 import weakref
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from galore_fx.runtime.leaf import storage_free_leaf
@@ -53,6 +54,9 @@ class ProjectedParameter:
         head_key: the number that says which are drawn in this window.
         residual: the entries that are trained at full rank besides, None for none.
         sketch_hook: to be called with ``sketch_leaf`` when its ``.grad`` is complete.
+        sketch_columns: random columns that are sketched besides the basis, (m, p) or (n, p); None for none.
+        first_direction: the unit projected gradient that followed the basis, where a refresh hangs on it.
+        complement_norm: of the last scaled residual, 0-d float32; None where the residual is not scaled.
     """
 
     name: str
@@ -69,6 +73,9 @@ class ProjectedParameter:
     head_key: int = 0
     residual: SparseResidual | None = None
     sketch_hook: Callable[[Tensor], None] | None = None
+    sketch_columns: Tensor | None = None
+    first_direction: Tensor | None = None
+    complement_norm: Tensor | None = None
 
     @classmethod
     def create(
@@ -82,8 +89,10 @@ class ProjectedParameter:
     def graph_key(self, form: GradientForm) -> tuple[object, ...]:
         """What a graph compiled for this form depends on, besides the weight itself."""
         drawn = self.heads.num_drawn if self.heads is not None and form is GradientForm.HEADS else 0
+        extra = self.sketch_columns.shape[1] if self.sketch_columns is not None else 0
         num_entries = self.residual.columns.shape[1] if self.residual is not None else 0
-        return (self.dim, self.rank, form, self.basis.dtype, getattr(self.basis, "bits", None), drawn, num_entries)
+        bits = getattr(self.basis, "bits", None)
+        return (self.dim, self.rank, form, self.basis.dtype, bits, drawn, num_entries, extra)
 
     def graph_inputs(self, form: GradientForm) -> dict[str, Tensor]:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
@@ -92,6 +101,8 @@ class ProjectedParameter:
         inputs = {"basis": self.basis, "leaf": self.leaf}
         if form is not GradientForm.PROJECTED:
             inputs["sketch_leaf"] = self.sketch_leaf
+        if form is GradientForm.SKETCHED and self.sketch_columns is not None:
+            inputs["sketch_columns"] = self.sketch_columns
         if form is GradientForm.HEADS:
             assert self.heads is not None
             inputs["head_features"] = self.heads.features
@@ -106,7 +117,14 @@ class ProjectedParameter:
     def kept_tensors(self) -> list[Tensor]:
         """What this record holds through the step, besides the weight."""
         heads = [self.heads.features] if self.heads is not None else []
-        return [self.basis, self.sketch_leaf, *self.gradient_leaves(), *heads]
+        columns = [self.sketch_columns] if self.sketch_columns is not None else []
+        return [self.basis, self.sketch_leaf, *self.gradient_leaves(), *heads, *columns]
+
+    def oversample(self, num_columns: int) -> None:
+        """Sketches so many random columns besides the basis; before anything is compiled."""
+        shape = (self.basis.shape[0], num_columns)
+        self.sketch_columns = torch.empty(shape, dtype=self.leaf.dtype, device=self.leaf.device)
+        self.sketch_leaf = storage_free_leaf((shape[0], self.rank + num_columns), self.weight)
 
     def share_heads(self, heads: tuple[tuple[int, ...], ...]) -> None:
         """From the window on that is open now, a basis is found from the gradient of some heads.
@@ -114,21 +132,35 @@ class ProjectedParameter:
         Args:
             heads: the output features of each.
         """
-        self.heads = SampledHeads(heads, self.rank, self.weight.device)
+        self.heads, self.sketch_columns = SampledHeads(heads, self.rank, self.weight.device), None
         self.heads.draw(self.head_key)
         shape = self.heads.gradient_shape((self.weight.shape[0], self.weight.shape[1]), self.dim)
         self.sketch_leaf = storage_free_leaf(shape, self.weight)
         if self.sketch_hook is not None:
             self.sketch_leaf.register_post_accumulate_grad_hook(self.sketch_hook)
-        if self.form is self.refresh_form:
+        if self.form is self.refresh_form and not self.wants_full_gradient:
             self.form = GradientForm.HEADS
         self.refresh_form = GradientForm.HEADS
 
-    def draw_heads(self, key: int) -> None:
-        """Other heads for the next window, if they are known by now; they are drawn when they are found, else."""
+    def draw(self, key: int) -> None:
+        """Other heads or random columns for the next window; heads that are found later are drawn then."""
         self.head_key = key
         if self.heads is not None:
             self.heads.draw(key)
+        elif self.sketch_columns is not None:
+            generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
+            shape = self.sketch_columns.shape
+            self.sketch_columns.copy_(torch.randn(shape, generator=generator).mul_(shape[0] ** -0.5))
+
+    @property
+    def draws(self) -> bool:
+        """Whether a refresh takes something that is drawn."""
+        return bool(self.shared_roles) or self.sketch_columns is not None
+
+    @property
+    def wants_full_gradient(self) -> bool:
+        """Whether every backward is to deliver G, for a residual that needs all of it."""
+        return self.complement_norm is not None
 
     def clear(self) -> None:
         """Forget the gradients in all their forms."""

@@ -18,7 +18,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from galore_fx.runtime.displacement import Displacement
+
 _SAVED_OF_LAZY = ("gaps", "last", "stabilities")
+_SAVED_OF_DISPLACEMENT = ("ages",)
 # A random first basis and one iteration catch less than a second warm iteration does, so subspace iteration
 # refreshes all layers in the first two updates.
 SUBSPACE_ITERATION_WARM_UP = 2
@@ -33,19 +36,21 @@ class FixedSchedule:
         num_groups: how many groups of weights (layers) take turns.
         stagger: give the groups different phases.
         num_initial: updates at the start in which all refresh.
+        num_iterations: updates in a row in which a refresh goes on.
     """
 
     gap: int
     num_groups: int
     stagger: bool
     num_initial: int
+    num_iterations: int = 1
 
     def is_due(self, group: int, num_updates: int) -> bool:
         """Whether the weights of ``group`` refresh in the update that follows ``num_updates`` done ones."""
         if num_updates < self.num_initial:
             return True
         phase = group * self.gap // self.num_groups if self.stagger else 0
-        return (num_updates - phase) % self.gap == 0
+        return (num_updates - phase) % self.gap < self.num_iterations
 
 
 @dataclasses.dataclass
@@ -101,29 +106,37 @@ class RefreshQueue:
     Attributes:
         due_since: the update at which each weight became due that waits.
         limit: how many layers may refresh in the same update; None: all that are due.
-        lazy: the weights' own gaps, None where all have that of the schedule.
+        criterion: the weights' own gaps, or what tells that a subspace has been used up; None where all have the gap of
+            the schedule.
 
     Args:
         layers: the layer of each weight, by a key of the caller's. The weights of a layer refresh together.
         schedule: when a layer is due.
-        limit, lazy: the same.
+        limit, criterion: the same.
     """
 
     def __init__(
-        self, layers: Mapping[int, int], schedule: FixedSchedule, limit: int | None, lazy: LazyGaps | None = None
+        self,
+        layers: Mapping[int, int],
+        schedule: FixedSchedule,
+        limit: int | None,
+        criterion: LazyGaps | Displacement | None = None,
     ) -> None:
         self.due_since: dict[int, int] = {}
         self.limit = limit
-        self.lazy = lazy
+        self.criterion = criterion
         self._layers, self._schedule = layers, schedule
 
     def admit(self, num_updates: int) -> None:
         """Lets those wait that are due in the update that follows ``num_updates`` done ones."""
         due = [key for key, layer in self._layers.items() if self._schedule.is_due(layer, num_updates)]
-        if self.lazy is not None:
-            is_first = num_updates < self._schedule.num_initial
-            due = [key for key in due if is_first or self.lazy.is_due(key, num_updates)]
-            self.lazy.last.update(dict.fromkeys(due, num_updates))
+        criterion, is_first = self.criterion, num_updates < self._schedule.num_initial
+        if isinstance(criterion, LazyGaps):
+            due = [key for key in due if is_first or criterion.is_due(key, num_updates)]
+            criterion.last.update(dict.fromkeys(due, num_updates))
+        elif isinstance(criterion, Displacement) and not is_first:
+            used_up = criterion.take()
+            due = [key for key in self._layers if key in used_up]
         self.request(due, num_updates)
 
     def request(self, keys: Iterable[int], num_updates: int) -> None:
@@ -152,6 +165,16 @@ class RefreshQueue:
         """Whether a refresh says how stable its subspace was: not the first ones, which start from random bases."""
         return self.lazy is not None and num_updates >= self._schedule.num_initial
 
+    @property
+    def lazy(self) -> LazyGaps | None:
+        """The weights' own gaps, where they have any."""
+        return self.criterion if isinstance(self.criterion, LazyGaps) else None
+
+    @property
+    def displacement(self) -> Displacement | None:
+        """What tells that a subspace has been used up, where that decides."""
+        return self.criterion if isinstance(self.criterion, Displacement) else None
+
     def note_stability(self, key: int, stability: float) -> None:
         """What a refresh found."""
         if self.lazy is not None:
@@ -160,6 +183,8 @@ class RefreshQueue:
     def finish(self, key: int) -> None:
         """It has its new basis."""
         self.due_since.pop(key, None)
+        if self.displacement is not None:
+            self.displacement.restart(key)
 
     def fail(self, key: int, num_updates: int) -> None:
         """It has not got one, and waits again behind the others, which a gradient of NaN would else hold up."""
@@ -173,9 +198,7 @@ class RefreshQueue:
             return {positions[key]: value for key, value in sorted(values.items(), key=lambda item: positions[item[0]])}
 
         saved = {"due_since": by_position(self.due_since)}
-        if self.lazy is not None:
-            saved |= {name: by_position(getattr(self.lazy, name)) for name in _SAVED_OF_LAZY}
-        return saved
+        return saved | {name: by_position(getattr(self.criterion, name)) for name in self._saved()}
 
     def load_state(self, saved: Mapping[str, Any], keys: Sequence[int]) -> None:
         """Goes on from a state.
@@ -185,6 +208,10 @@ class RefreshQueue:
             keys: the weight at each position.
         """
         self.due_since = {keys[i]: since for i, since in saved["due_since"].items()}
-        if self.lazy is not None:
-            for name in _SAVED_OF_LAZY:
-                setattr(self.lazy, name, {keys[i]: copy.copy(value) for i, value in saved.get(name, {}).items()})
+        for name in self._saved():
+            setattr(self.criterion, name, {keys[i]: copy.copy(value) for i, value in saved.get(name, {}).items()})
+
+    def _saved(self) -> tuple[str, ...]:
+        if self.criterion is None:
+            return ()
+        return _SAVED_OF_LAZY if isinstance(self.criterion, LazyGaps) else _SAVED_OF_DISPLACEMENT

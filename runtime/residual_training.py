@@ -24,6 +24,8 @@ def new_residual_state(record: ProjectedParameter, make_state: MakeState) -> dic
         make_state: new states of the optimizer class for a weight and a gradient of a shape.
     """
     residual = record.residual
+    if record.complement_norm is not None:
+        return {f"{RESIDUAL}norm": record.complement_norm}
     if residual is None:
         return {}
     if residual.scores is not None:

@@ -69,6 +69,9 @@ def gradient_of_heads(rows: Tensor, cols: Tensor, features: Tensor, dim: Project
 def basis_of_heads(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
     """The leading singular vectors of the drawn heads' gradient, by its small Gram matrix.
 
+    An eigenvector has no sign: each is given the one that makes its largest component positive, so that moments which
+    are kept meet the directions of before with the signs of before, wherever the same directions come again.
+
     Args:
         grad: (k, n) for COLS, (m, k) for ROWS, with k >= rank.
         rank: columns of the basis.
@@ -85,4 +88,6 @@ def basis_of_heads(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
         _, vectors = torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return exact_basis(grad, rank, dim)
-    return orthonormalize(wide.T @ vectors[:, -rank:].flip(1))
+    leading = wide.T @ vectors[:, -rank:].flip(1)
+    largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
+    return orthonormalize(leading * largest.sign())

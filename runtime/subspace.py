@@ -88,6 +88,26 @@ def random_basis(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return _householder(gaussian)
 
 
+def leading_columns(sketch: Tensor, rank: int) -> Tensor:
+    """Of a sketch with more columns than the rank, the combinations in which it is longest: ``Y V``, (size, rank).
+
+    Source: Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), section 4.2: with oversampling the leading left singular
+    vectors of ``Y = G^T G [P, E]`` are kept; here by the eigenvectors V of its small Gram matrix.
+
+    Args:
+        sketch: (size, rank + p). Returned as it is where it is not finite, for ``orthonormalize`` to say so.
+        rank: columns wanted.
+    """
+    sketch = sketch.float()
+    longest = torch.linalg.vector_norm(sketch, dim=0).max()
+    if not bool(torch.isfinite(longest)) or float(longest) == 0.0:
+        return sketch[:, :rank]
+    sketch = sketch / longest
+    _, vectors = torch.linalg.eigh(sketch.T @ sketch)
+    leading: Tensor = sketch @ vectors[:, -rank:].flip(1)
+    return leading
+
+
 def orthonormalize(sketch: Tensor) -> Tensor | None:
     """Orthonormal columns spanning those of ``sketch``, by shifted Cholesky QR, three passes of it.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.scaled_residual import Complement
 
 
 class Layout(Protocol):
@@ -42,4 +43,5 @@ class Updates(Protocol):
         first: bool,
         rounding_key: int | None,
         entries: Tensor | None,
+        complement: Complement | None,
     ) -> None: ...

@@ -74,3 +74,73 @@ class PlainGaLore:
         self.moments[weight] = (first, second)
         corrected = first / (1 - beta1**self.num_updates)
         return corrected / ((second / (1 - beta2**self.num_updates)).sqrt() + self.eps)
+
+
+class PlainLotus(PlainGaLore):
+    """GaLore whose bases are renewed where the gradient inside them has stopped moving.
+
+    Args:
+        interval, threshold: Lotus's eta and gamma.
+        Others as of ``PlainGaLore``.
+    """
+
+    def __init__(self, *args: object, interval: int, threshold: float, **settings: object) -> None:
+        super().__init__(*args, gap=10**9, **settings)  # type: ignore[arg-type]
+        self.interval, self.threshold = interval, threshold
+        self.due, self.num_refreshes = set(self.projected), 0
+        self.ages: dict[nn.Parameter, int] = {}
+        self.first: dict[nn.Parameter, Tensor] = {}
+
+    def projected_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """As of ``PlainGaLore``, with a renewal in the update after the one that has met the criterion."""
+        for weight in self.due:
+            tall = weight.shape[0] >= weight.shape[1]
+            left, _, right = torch.linalg.svd(weight.grad, full_matrices=False)
+            self.bases[weight] = right[: self.rank].T if tall else left[:, : self.rank]
+            self.ages[weight] = 0
+            self.num_refreshes += 1
+        self.due = set()
+        projected = {}
+        for weight in self.projected:
+            tall = weight.shape[0] >= weight.shape[1]
+            projected[weight] = weight.grad @ self.bases[weight] if tall else self.bases[weight].T @ weight.grad
+            unit = projected[weight] / projected[weight].norm()
+            self.ages[weight] += 1
+            if self.ages[weight] == 1:
+                self.first[weight] = unit
+            elif self.ages[weight] % self.interval == 0:
+                if (unit - self.first[weight]).norm() / self.ages[weight] < self.threshold:
+                    self.due.add(weight)
+        return projected
+
+
+class PlainFira(PlainGaLore):
+    """GaLore with the scaled residual (arXiv:2410.01623): what the basis misses is scaled and its growth limited."""
+
+    num_limited = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of everything; gradients are cleared."""
+        projected = self.projected_gradients()
+        self.num_updates += 1
+        self.norms = getattr(self, "norms", {})
+        for weight in [*self.projected, *self.full]:
+            grad = projected.get(weight, weight.grad)
+            normalized = self._adam(weight, grad)
+            if weight not in projected:
+                weight.sub_(self.lr * normalized)
+                weight.grad = None
+                continue
+            basis, tall = self.bases[weight], weight.shape[0] >= weight.shape[1]
+            inside = grad @ basis.T if tall else basis @ grad
+            phi = normalized.norm(dim=int(tall), keepdim=True) / grad.norm(dim=int(tall), keepdim=True)
+            residual = phi * (weight.grad - inside)
+            norm = residual.norm()
+            if weight in self.norms and norm > 1.01 * self.norms[weight]:
+                residual = residual * 1.01 * self.norms[weight] / norm
+                self.num_limited += 1
+            self.norms[weight] = residual.norm()
+            update = normalized @ basis.T if tall else basis @ normalized
+            weight.sub_(self.lr * (self.scale * update + residual))
+            weight.grad = None

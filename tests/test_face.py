@@ -34,8 +34,8 @@ def test_bytes_are_printed_in_binary_units():
 
 
 BAD_SETTINGS = [
-    ({"recipe": "galor"}, "unknown recipe 'galor'; available: auto, full, galore, "),
-    ({"recipe": "lotus"}, "planned but not built yet"),
+    ({"recipe": "galor"}, "unknown recipe 'galor'; available: auto, fira, full, galore, "),
+    ({"recipe": "vlorp"}, "planned but not built yet"),
     ({"rnak": 4}, "unknown override rnak=4; a recipe has rank"),
     ({"granularity": 4}, "planned but not built yet"),
     ({"lazy_threshold": 1.5}, "lazy_threshold=1.5 must be a number from 0 to 1"),

@@ -33,6 +33,12 @@ def test_every_group_refreshes_once_per_gap(gap, groups):
         assert {b - a for a, b in zip(times, times[1:], strict=False)} == {gap}
 
 
+def test_a_refresh_of_several_iterations_takes_so_many_updates_in_a_row():
+    due = _due(FixedSchedule(gap=5, num_groups=2, stagger=True, num_initial=2, num_iterations=2), 15)
+    assert [t for t, groups in enumerate(due) if 0 in groups] == [0, 1, 5, 6, 10, 11]
+    assert [t for t, groups in enumerate(due) if 1 in groups] == [0, 1, 2, 3, 7, 8, 12, 13]
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow])  # drawing waits where the machine is shared
 @given(
     num_layers=st.integers(1, 9),

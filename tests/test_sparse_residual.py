@@ -237,7 +237,7 @@ def test_bytes_are_those_of_the_plan_and_the_peak_of_galore_plus_is_predicted():
         ({"weight_bits": 8}, "which weight_bits=8 keeps in groups"),
         ({"recipe": "full"}, "recipe 'full' projects none"),
         ({"residual_variant": "both"}, "'both' is not one of rectified, additive"),
-        ({"residual": "scaled"}, "'scaled' is not one of drop, sparse"),
+        ({"residual": "all"}, "'all' is not one of drop, sparse, scaled"),
     ],
 )
 def test_what_makes_no_sense_is_refused(parts, message):

@@ -8,9 +8,11 @@ from galore_fx.runtime.subspace import (
     ProjectedDim,
     add_back_projection_,
     exact_basis,
+    leading_columns,
     orthonormalize,
     project,
     random_basis,
+    sketch_of,
 )
 
 SHAPES = [(48, 32), (32, 48), (32, 32), (5, 123)]
@@ -88,3 +90,29 @@ def test_random_bases_are_reproducible_and_orthonormal():
     first, second = (random_basis((40, 6), torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, second)
     assert _gap_from_orthonormal(first) < 1e-5
+
+
+@pytest.mark.parametrize("dim", list(ProjectedDim))
+def test_oversampled_columns_bring_a_cold_basis_nearer_to_the_exact_one(dim):
+    gains = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        grad = _decaying(60, 48) if dim is ProjectedDim.COLS else _decaying(48, 60)
+        basis = random_basis((48, 6), torch.Generator().manual_seed(seed))
+        columns = torch.randn(48, 10) / 48**0.5
+        held = []
+        for sketch in (
+            sketch_of(grad, basis, dim),
+            leading_columns(sketch_of(grad, torch.cat([basis, columns], 1), dim), 6),
+        ):
+            found = orthonormalize(sketch)
+            assert found.shape == (48, 6) and _gap_from_orthonormal(found) < ORTHONORMAL_TOLERANCE
+            held.append(project(grad, found, dim).square().sum())
+        best = project(grad, exact_basis(grad, 6, dim), dim).square().sum()
+        gains.append((best - held[0]) / (best - held[1]))
+    assert min(gains) > 1 and sum(gains) / len(gains) > 3
+
+
+def test_an_oversampled_sketch_that_is_not_finite_gives_no_basis():
+    sketch = torch.full((8, 5), torch.nan)
+    assert orthonormalize(leading_columns(sketch, 3)) is None

@@ -79,13 +79,15 @@ def plan_parameters(
         num_slots = num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
         sparse = shape[0] * num_slots
         entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes
+        direction = low * element if recipe.refresh == "lotus" else 0
+        is_scaled = recipe.residual == "scaled"
         basis_elements = math.prod(dim.basis_shape(shape, rank))
         sizes = {
             "weights": _stored_bytes(parameter.numel(), weight_bits, element),
             "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
-            "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes,
-            "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states if sparse else 0,
-            "gradients": (low + sparse) * element,
+            "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes + direction,
+            "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states if sparse else 4 * is_scaled,
+            "gradients": (low + sparse + is_scaled * parameter.numel()) * element,
         }
         about = (role.description, role.shared_with, weight_bits)
         entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, *about))

@@ -21,6 +21,7 @@ from galore_fx.runtime.optimizer_state import SCALES
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.repetition import alike
+from galore_fx.runtime.scaled_residual import Complement
 from galore_fx.runtime.subspace import add_back_projection_, project
 
 # What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
@@ -75,6 +76,7 @@ class CompiledUpdate:
         values: tuple[float, ...],
         record: ProjectedParameter | None,
         rounding_key: int | None,
+        complement: Complement | None = None,
     ) -> None:
         """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
         if record is None:
@@ -82,10 +84,13 @@ class CompiledUpdate:
             return
         read = project(weight, record.basis, record.dim) if self._needs_weight else None
         update, factor = self.step_low(branch, grad, tensors, state, values, weight.dtype, read)
+        scaled = None if complement is None else complement.scaled(update)
         if isinstance(weight, QuantizedTensor):
             self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
         else:
             add_back_projection_(weight, update, record.basis, record.dim, factor)
+        if scaled is not None:
+            weight.sub_(scaled)
 
     @property
     def needs_weight(self) -> bool:

@@ -32,6 +32,7 @@ from galore_fx.passes.optimizer_graph.trace_step import (
 from galore_fx.passes.pass_runner import Effect, PassRecord
 from galore_fx.runtime.optimizer_state import StateFormat, residual_state
 from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.scaled_residual import Complement
 
 
 @dataclasses.dataclass
@@ -192,6 +193,7 @@ class UpdateCompiler:
         first: bool,
         rounding_key: int | None = None,
         entries: Tensor | None = None,
+        complement: Complement | None = None,
     ) -> None:
         """One optimizer step of one parameter, in place.
 
@@ -206,6 +208,7 @@ class UpdateCompiler:
             first: whether this parameter has never been updated.
             rounding_key: of the random numbers that round a weight in 8 bits; None rounds it to the nearest.
             entries: what of the gradient is for the record's residual, (m, k); consumed. None for nothing.
+            complement: the gradient without its projection, to be applied as the step scales the rest; consumed.
         """
         layout = self.layout(settings, group)
         projected = record is not None
@@ -218,7 +221,7 @@ class UpdateCompiler:
             residual = ResidualStep(*step, scale, [own[name] for name in layout.initial], own, record)
             residual.read_weight(weight)
         tensors = [state[name] for name in layout.initial]
-        compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key)
+        compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key, complement)
         if residual is not None and entries is not None:
             residual(weight, entries)
 

@@ -1,0 +1,92 @@
+"""Fira's residual: a plain loop, what it holds, and what it refuses."""
+
+import pytest
+import torch
+
+import galore_fx
+from galore_fx.measurement import counted_peak, kept_bytes
+from tests.models import adamw, backward, batches, largest_error, llama
+from tests.references import PlainFira
+
+PARTS = {"recipe": "fira", "rank": 8, "refresh_gap": 4}
+
+
+def pair(lr, **parts):
+    model, plain = llama(2), llama(2)
+    galore_fx.compile(model, optimizer=adamw(lr=lr), **{**PARTS, **parts})
+    names = {record.name for record in model.galore_fx.optimizer.records}
+    parameters = dict(plain.named_parameters())
+    reference = PlainFira(
+        [parameters[name] for name in names], [p for name, p in parameters.items() if name not in names],
+        rank=8, gap=4, scale=0.25, lr=lr,
+    )  # fmt: skip
+    return model, plain, reference
+
+
+def test_ten_steps_equal_a_plain_loop_with_its_limiter():
+    model, plain, reference = pair(1e-3)
+    for batch in batches(10):
+        backward(model, batch)
+        model.galore_fx.optimizer.step()
+        backward(plain, batch)
+        reference.step()
+    assert largest_error(model, plain) < 1e-4
+    assert 0 < reference.num_limited < 140, "the limiter has acted, and not always"
+
+
+def test_a_learning_rate_of_zero_changes_nothing():
+    model, plain, _ = pair(0.0)
+    backward(model, batches(1)[0])
+    model.galore_fx.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_step_that_is_not_finite_is_skipped():
+    model, plain, _ = pair(1e-3)
+    (model(input_ids=(ids := batches(1)[0]), labels=ids).loss * torch.nan).backward()
+    model.galore_fx.optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_resume_is_bit_identical():
+    ids = batches(7)
+
+    def train(model, ids):
+        for batch in ids:
+            backward(model, batch)
+            model.galore_fx.optimizer.step()
+
+    (straight, *_), (stopped, *_), (resumed, *_) = pair(1e-3), pair(1e-3), pair(1e-3)
+    train(straight, ids)
+    train(stopped, ids[:3])
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
+    train(resumed, ids[3:])
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+def test_the_peak_is_predicted_and_holds_the_full_gradients_of_one_block():
+    ids = batches(1, batch=1)[0]
+    sample = {"input_ids": ids, "labels": ids}
+    wanted = {"sample": sample, "optimizer": adamw(), "rank": 16, "basis": "subspace-iteration"}
+    model = galore_fx.compile(llama(4, hidden=128, intermediate=256), "1GB", recipe="fira", **wanted)
+    plan = model.galore_fx.plan
+    # The update happens at the peak, and the first model of a process allocates its step's seven numbers there.
+    assert counted_peak(model, sample) - plan.peak_bytes in (0, 28)
+    assert kept_bytes(model, model.galore_fx.optimizer)["residuals"] == plan.prediction.kept["residuals"] == 28 * 4
+    without = galore_fx.plan(llama(4, hidden=128, intermediate=256), update="in-backward", **wanted)
+    block = sum(4 * p.shape[0] * p.shape[1] for p in plan.parameters if p.region == 0)
+    assert 0 < plan.peak_bytes - without.peak_bytes < 1.5 * block
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"update": "deferred"}, "update='deferred' would hold all of them at once"),
+        ({"weight_bits": 8}, "adds to a plain weight"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm needs all gradients at once"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(parts, message):
+    with pytest.raises(galore_fx.SettingError, match=message):
+        galore_fx.compile(llama(1), recipe="fira", optimizer=adamw(), **parts)

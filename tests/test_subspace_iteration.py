@@ -1,0 +1,64 @@
+"""Settings of the subspace method: random columns besides the basis, several iterations in a row."""
+
+import pytest
+import torch
+
+import galore_fx
+from galore_fx.runtime.subspace import leading_columns, orthonormalize, sketch_of
+from tests.models import adamw, backward, batches, llama
+
+PARTS = {"rank": 8, "oversampling": 5, "refresh_gap": 3, "stagger": False}
+
+
+def train(model, ids):
+    for batch in ids:
+        backward(model, batch)
+        model.galore_fx.optimizer.step()
+
+
+def test_a_refresh_sketches_the_random_columns_too():
+    model, plain = galore_fx.compile(llama(1), optimizer=adamw(), **PARTS), llama(1)
+    ids = batches(1)[0]
+    backward(plain, ids)
+    grads = {name: p.grad for name, p in plain.named_parameters()}
+    records = list(model.galore_fx.optimizer.records)
+    before = {r.name: (r.basis.clone(), r.sketch_columns.clone()) for r in records}
+    train(model, [ids])
+    for record in records:
+        old, columns = before[record.name]
+        assert columns.shape == (old.shape[0], 5) and 0.5 < columns.square().sum(0).mean() < 2
+        sketch = sketch_of(grads[record.name], torch.cat([old, columns], 1), record.dim)
+        expected = orthonormalize(leading_columns(sketch, 8))
+        torch.testing.assert_close(record.basis @ record.basis.T, expected @ expected.T, atol=1e-3, rtol=0)
+    assert len({float(columns[0, 0]) for _, columns in before.values()}) == len(records), "each has its own"
+
+
+@pytest.mark.parametrize("parts", [{}, {"update": "in-backward", "cross_head": "query-key", "project": "input"}])
+def test_several_iterations_and_a_resumed_run_draws_the_same(parts):
+    def make():
+        return galore_fx.compile(llama(1), optimizer=adamw(), iterations=2, **PARTS, **parts)
+
+    ids = batches(7)
+    straight, stopped, resumed = make(), make(), make()
+    train(straight, ids)
+    assert straight.galore_fx.stats()["num_refreshes"] == 7 * 5  # updates 0, 1, 3, 4, 6
+    train(stopped, ids[:4])
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
+    train(resumed, ids[4:])
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"oversampling": -1}, "oversampling=-1 must be an int of at least 0"),
+        ({"oversampling": 4, "basis": "svd"}, "oversampling=4 is of basis='subspace-iteration'"),
+        ({"oversampling": 4, "refresh": "lazy"}, "oversampling=4 changes what the overlap of a sketch means"),
+        ({"iterations": 0}, "iterations=0 must be an int of at least 1"),
+        ({"iterations": 4, "refresh_gap": 3}, "iterations=4 take as many updates"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(parts, message):
+    with pytest.raises(galore_fx.SettingError, match=message):
+        galore_fx.compile(llama(1), optimizer=adamw(), **parts)
