@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from galore_fx.decisions import decide
 from galore_fx.errors import ModelError, SettingError, UsageError
 from galore_fx.handle import Compiled
+from galore_fx.normalization import normalized
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, copy_graph
@@ -125,8 +126,14 @@ def optimizer(
     known = _model_of(trained, options)
     settings = _one_graph_settings(known.options or {})
     budget, recipe = settings.pop("budget", None), settings.pop("recipe", "auto")
-    decisions = decide(inner, Request(budget, recipe=recipe, optimizer=optimizer, overrides=settings))
-    made = build_optimizer(inner, quantize_weights(inner, decisions), optimizer)
+    request = Request(budget, recipe=recipe, optimizer=optimizer, overrides=settings)
+    with normalized(inner, request) as (asked, normalization):
+        if normalization is not None:
+            raise SettingError(
+                "weight_norm needs galore_fx.compile: it exchanges layers of the model, which torch.compile has "
+                "looked at before"
+            )
+        made = build_optimizer(inner, quantize_weights(inner, decide(inner, asked)), optimizer)
     inner.galore_fx = Compiled(made.optimizer, made.plan, known.compiler, made.updates, None)
     # torch's wrapper is a module of its own, with a zero_grad of its own.
     vars(model)["zero_grad"] = inner.zero_grad

@@ -13,6 +13,7 @@ from galore_fx.first_batch import TrainingCheck, plan_for_first_batch
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
 from galore_fx.measurement import watch_peak
+from galore_fx.normalization import normalized
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.memory_plan.plan_parameters import check_budget
@@ -50,7 +51,8 @@ def plan(
         reserve: as of ``compile``.
     """
     request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, device, reserve)
-    return (decide(model, request) if sample is None else decide_for_sample(model, request)).plan
+    with normalized(model, request) as (asked, _):
+        return (decide(model, asked) if sample is None else decide_for_sample(model, asked)).plan
 
 
 def compile(  # noqa: A001 - the name users know from torch.compile
@@ -107,18 +109,29 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, reserve=reserve)
     if plan is not None:
         _refuse_beside_plan(request)
-        decisions = decide_as_planned(model, plan, optimizer)
+        request = Request(recipe=Recipe(**plan.recipe), optimizer=optimizer)
+    with normalized(model, request) as (asked, normalization):
+        compiled = _compiled(model, asked, plan, enforce=enforce, strict=strict)
+        if normalization is not None:
+            normalization.keep()
+    model.galore_fx = compiled  # type: ignore[assignment]
+    return model
+
+
+def _compiled(model: nn.Module, request: Request, plan: Plan | None, *, enforce: bool, strict: bool) -> Compiled:
+    if plan is not None:
+        decisions = decide_as_planned(model, plan, request.optimizer)
     else:
-        decide_now = decide if sample is None or budget is None else decide_for_sample
+        decide_now = decide if request.sample is None or request.budget is None else decide_for_sample
         decisions = decide_now(model, request)
     made = decisions.plan
     check_budget(made)
     if enforce:
         enforce_budget(model, made.budget_bytes)
     decisions = quantize_weights(model, decisions)
-    built = build_optimizer(model, decisions, optimizer)
+    built = build_optimizer(model, decisions, request.optimizer)
     compiler = RegionCompiler()
-    head = None if keep_logits or made.keep_logits else HeadCompiler()
+    head = None if request.keep_logits or made.keep_logits else HeadCompiler()
     blocks = install(model, decisions.regions, compiler, head, policy=made.activation_policy, strict=strict)
     compiled = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)
     blocks.whole.check = TrainingCheck(
@@ -128,8 +141,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         else None,
         watch_peak(model, built.optimizer, made),
     )
-    model.galore_fx = compiled  # type: ignore[assignment]
-    return model
+    return compiled
 
 
 def _refuse_beside_plan(request: Request) -> None:

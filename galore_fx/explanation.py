@@ -15,6 +15,7 @@ from galore_fx.errors import ModelError, SettingError
 from galore_fx.fake_model import fake_batch, fake_copy, fake_mode
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
+from galore_fx.normalization import normalized
 from galore_fx.optimizer_build import make_records, refresh_form
 from galore_fx.optimizer_choice import OptimizerChoice, for_a_copy
 from galore_fx.passes.model_graph.group_heads import HeadGroup
@@ -26,7 +27,6 @@ from galore_fx.quantization import quantize_weights
 from galore_fx.recipe import Recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import FakeTensorMode
-from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.sample import describe_sample
 from galore_fx.units import format_bytes
 
@@ -102,16 +102,21 @@ def explain(
         optimizer = for_a_copy(optimizer)
     mode = fake_mode()
     fake = fake_copy(model, mode)
-    decisions = decide(fake, Request(recipe=recipe, optimizer=optimizer, overrides=overrides))
+    request = Request(recipe=recipe, optimizer=optimizer, overrides=overrides)
+    with mode, normalized(fake, request) as (asked, normalization):
+        if normalization is not None:
+            normalization.keep()
+    decisions = decide(fake, asked)
     with mode:
         decisions = quantize_weights(fake, decisions)
         records, _ = make_records(decisions)
     regions, head = RegionCompiler(regions={}, finish=_leave), None if keep_logits else HeadCompiler()
     blocks = install(fake, decisions.regions, regions, head, policy=decisions.plan.activation_policy, strict=False)
-    for form in (GradientForm.PROJECTED, refresh_form(decisions.recipe)):
+    for due in (False, True):
         for record in records:
-            shares = record.heads is not None and form is not GradientForm.PROJECTED
-            record.form = record.refresh_form = GradientForm.HEADS if shares else form
+            if record.heads is None:
+                record.refresh_form = refresh_form(decisions.recipe)
+            record.form = record.form_of(due=due)
         _forward(fake, sample, mode)
     head_passes = [passes for passes in head.pass_records if _changed(passes)] if head else []
     graphs = [

@@ -22,6 +22,7 @@ from galore_fx.plan_record import Prediction
 from galore_fx.quantization import quantize_weights
 from galore_fx.runtime.compatibility import num_captured_graphs, tree_leaves
 from galore_fx.runtime.dispatch import TrainingForward
+from galore_fx.runtime.normalized_linear import trained_parts
 from galore_fx.runtime.optimizer_state import is_of_residual
 from galore_fx.runtime.quantized_tensor import stored_tensors
 
@@ -229,6 +230,7 @@ class FakeTraining:
             parameters, times = list(module.parameters()), len(members)
             own = [records[id(p)] for p in parameters if id(p) in records]
             states = [optimizer.state[p] for p in parameters if p in optimizer.state]
+            count("factors", times, trained_parts(module))
             count("weights", times, [*parameters, *module.buffers()])
             count("bases", times, [t for r in own for t in r.kept_tensors()])
             count("optimizer_state", times, [t for state in states for k, t in state.items() if not is_of_residual(k)])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from galore_fx.handle import Compiled
 from galore_fx.plan_record import Plan
 from galore_fx.runtime.meter import count_memory, tensor_bytes
+from galore_fx.runtime.normalized_linear import trained_parts
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.optimizer_state import is_of_residual
 from galore_fx.runtime.peak_watch import CudaMeter, PeakWatch
@@ -67,6 +68,7 @@ def kept_bytes(model: nn.Module, optimizer: SubspaceOptimizer) -> dict[str, int]
     bases = [t for record in optimizer.records for t in record.kept_tensors()]
     states = [(name, tensor) for state in optimizer.state.values() for name, tensor in state.items()]
     categories = {
+        "factors": trained_parts(model),
         "weights": [*model.parameters(), *model.buffers()],
         "bases": bases,
         "optimizer_state": [tensor for name, tensor in states if not is_of_residual(name)],
@@ -85,7 +87,10 @@ def watch_peak(model: nn.Module, optimizer: SubspaceOptimizer, plan: Plan) -> Pe
     device = next(model.parameters()).device
     if plan.prediction is None or device.type != "cuda":
         return None
-    kept = {name: plan.prediction.kept.get(name, 0) for name in ("weights", "bases", "optimizer_state", "residuals")}
+    kept = {
+        name: plan.prediction.kept.get(name, 0)
+        for name in ("weights", "factors", "bases", "optimizer_state", "residuals")
+    }
     watch = PeakWatch(
         CudaMeter(device),
         plan.prediction.peak_bytes,

@@ -13,6 +13,8 @@ from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe
 from galore_fx.runtime.dispatch import ClearingZeroGrad, PlainSave
 from galore_fx.runtime.displacement import Displacement
+from galore_fx.runtime.factor_merge import FactorMerge
+from galore_fx.runtime.normalized_linear import NormalizedLinear, trained_parts
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
@@ -44,7 +46,8 @@ def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoi
     if decisions.optimizer is given:
         retire(decisions.optimizer)
     model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
-    if hasattr(model, PlainSave.method) and any(isinstance(p, QuantizedTensor) for p in model.parameters()):
+    is_plain = not trained_parts(model) and not any(isinstance(p, QuantizedTensor) for p in model.parameters())
+    if hasattr(model, PlainSave.method) and not is_plain:
         model.save_pretrained = PlainSave(model)  # type: ignore[assignment]
     return BuiltOptimizer(optimizer, decisions.updates, decisions.plan)
 
@@ -56,14 +59,15 @@ def refresh_form(recipe: Recipe) -> GradientForm:
 
 def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[int]]:
     """One record per projected parameter, found by its weight from then on, and the region it belongs to."""
-    weights = {w.name: w.weight for region in decisions.regions for w in region.weights}
+    linears = {w.name: w for region in decisions.regions for w in region.weights}
     generator = torch.Generator().manual_seed(_SEED)
     records: list[ProjectedParameter] = []
     layers = []
     for entry in decisions.plan.parameters:
         if entry.rank is None or entry.dim is None or entry.region is None:
             continue
-        weight, dim = weights[entry.name], ProjectedDim(entry.dim)
+        linear, dim = linears[entry.name], ProjectedDim(entry.dim)
+        weight = linear.weight
         shape = dim.basis_shape((entry.shape[0], entry.shape[1]), entry.rank)
         basis = random_basis(shape, generator).to(weight.device, weight.dtype)
         if decisions.recipe.basis_bits is not None:
@@ -73,6 +77,11 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
         projected_shape = dim.projected_shape((entry.shape[0], entry.shape[1]), entry.rank)
         if decisions.recipe.oversampling:
             record.oversample(min(decisions.recipe.oversampling, shape[0] - entry.rank))
+        if linear.is_factor:
+            record.delivers_full = True
+            if decisions.recipe.sides == "two":
+                right = random_basis((entry.shape[1], entry.rank), generator)
+                record.project_both_sides(right.to(weight.device, weight.dtype))
         if decisions.recipe.refresh == "lotus":
             record.first_direction = torch.zeros(projected_shape, dtype=record.leaf.dtype, device=weight.device)
         if decisions.recipe.residual == "scaled":
@@ -92,8 +101,12 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
 
 def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], layers: list[int]) -> SubspaceOptimizer:
     recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
-    num_initial = 1 if exact else max(SUBSPACE_ITERATION_WARM_UP, recipe.iterations)
-    schedule = FixedSchedule(recipe.refresh_gap, len(decisions.regions), recipe.stagger, num_initial, recipe.iterations)
+    # A factor's gradient is zero in the first update, where the other factor is.
+    is_second_first = not exact or recipe.weight_norm is not None
+    num_initial = max(SUBSPACE_ITERATION_WARM_UP if is_second_first else 1, recipe.iterations)
+    # So it is after a merge.
+    num_iterations = SUBSPACE_ITERATION_WARM_UP if recipe.merge_factors else recipe.iterations
+    schedule = FixedSchedule(recipe.refresh_gap, len(decisions.regions), recipe.stagger, num_initial, num_iterations)
     return SubspaceOptimizer(
         decisions.optimizer.param_groups,
         decisions.optimizer.defaults,
@@ -110,7 +123,12 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         in_backward=recipe.update == "in-backward",
         max_grad_norm=recipe.max_grad_norm,
         rounding_seed=_SEED if recipe.rounding == "stochastic" else None,
+        merge=FactorMerge(_normalized_layers(decisions), recipe.refresh_gap) if recipe.merge_factors else None,
     )
+
+
+def _normalized_layers(decisions: Decisions) -> list[NormalizedLinear]:
+    return [m for region in decisions.regions for m in region.module.modules() if isinstance(m, NormalizedLinear)]
 
 
 def _criterion(recipe: Recipe) -> LazyGaps | Displacement | None:

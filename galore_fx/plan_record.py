@@ -13,7 +13,7 @@ from tabulate import tabulate
 from galore_fx.errors import SettingError
 from galore_fx.units import format_bytes
 
-CATEGORIES = ("weights", "bases", "optimizer_state", "residuals", "gradients")
+CATEGORIES = ("weights", "factors", "bases", "optimizer_state", "residuals", "gradients")
 NOT_COUNTED = ("activations", "loss", "workspace", "reserve")
 
 

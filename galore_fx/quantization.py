@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from galore_fx.decisions import Decisions
+from galore_fx.runtime.normalized_linear import with_merged_weights
 from galore_fx.runtime.quantized_tensor import QuantizedTensor, plain_tensors
 
 
@@ -34,12 +35,12 @@ def quantize_weights(model: nn.Module, decisions: Decisions) -> Decisions:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The model's ``state_dict`` with ordinary tensors where weights are stored in 8 bits, those on the CPU.
+    """The model's ``state_dict`` with ordinary tensors: where weights are stored in 8 bits (on the CPU) or normalised.
 
     For a model that galore_fx has not compiled. ``model.state_dict()`` has the codes themselves, from which a run goes
     on in the same bits. ``model.save_pretrained`` of transformers writes the ordinary ones.
     """
-    return plain_tensors(model.state_dict())
+    return plain_tensors(with_merged_weights(model, model.state_dict()))
 
 
 def _replace(model: nn.Module, groups: list[dict[str, Any]], old: nn.Parameter, new: nn.Parameter) -> None:

@@ -21,6 +21,9 @@ residual      drop | sparse | scaled: the part of the gradient outside the subsp
 residual_density  share of a weight's entries that are
 residual_variant  rectified | additive: full-rank steps at the entries, or steps on what the subspace misses there
 residual_warm_up  updates in which the entries are learnt
+weight_norm   row | column: weights are frozen, a low-rank change and a magnitude are trained; None: not
+sides         one | two: of a factor's gradient that are projected; factor_scale: of the change
+merge_factors add the change to the frozen weight with each gap, for training from scratch
 weight_bits   8: projected weights in groups of 256 with a scale and a zero point; None: as the model has them
 rounding      stochastic | nearest: of weights in 8 bits
 basis_bits    4: two in a byte, in groups of 256; 8; None: as the weight
@@ -45,6 +48,8 @@ Residual = Literal["drop", "sparse", "scaled"]
 ResidualVariant = Literal["rectified", "additive"]
 Refresh = Literal["fixed", "lazy", "lotus"]
 LazyStatistic = Literal["overlap", "first-vector"]
+WeightNorm = Literal["row", "column"]
+Sides = Literal["one", "two"]
 Update = Literal["deferred", "in-backward"]
 Rounding = Literal["stochastic", "nearest"]
 
@@ -94,6 +99,14 @@ class Recipe:
         residual_variant: at these entries the step of full-rank training in place of the back-projected one, or the
             optimizer's step on the error of the projection added to it.
         residual_warm_up: updates in which the entries are learnt, from their errors; nothing is added in them.
+        weight_norm: "row" or "column": the blocks' linear weights are frozen, and what is trained of them is a low-rank
+            change and a magnitude for each row or column of the sum (GradNormLoRP, Huang et al. 2024,
+            arXiv:2412.19616; reconstructed, see runtime/normalized_linear.py). ``rank`` is that of the factors, whose
+            gradients are projected to as many dimensions.
+        sides: of a factor's gradient that are projected: its longer one too, or only the shorter one.
+        factor_scale: of the low-rank change.
+        merge_factors: with each ``refresh_gap`` the change is added to the frozen weight and the factors start anew
+            (ours, for training from random weights).
         weight_bits: 8 to store projected weights as codes (Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.4);
             they are dequantised for each product. A weight whose elements make no whole groups of 256 stays as it is.
         rounding: how an updated weight gets back into 8 bits. To the nearest, steps that are small beside the grid are
@@ -131,6 +144,10 @@ class Recipe:
     residual_density: float = 0.02
     residual_variant: ResidualVariant = "rectified"
     residual_warm_up: int = 100
+    weight_norm: WeightNorm | None = None
+    sides: Sides = "two"
+    factor_scale: float = 1.0
+    merge_factors: bool = False
     weight_bits: int | None = None
     rounding: Rounding = "stochastic"
     basis_bits: int | None = None
@@ -173,14 +190,15 @@ RECIPES = {
     "lotus": Recipe("lotus", refresh="lotus", stagger=False),
     # Chen et al. 2024, arXiv:2410.01623: GaLore's settings, and the residual. Updates in the backward are ours.
     "fira": Recipe("fira", basis="svd", refresh_gap=200, stagger=False, residual="scaled", update="in-backward"),
+    # Reconstructed: Huang et al. 2024, arXiv:2412.19616, from its summaries; gap and rank as in its scripts.
+    "gradnormlorp": Recipe(
+        "gradnormlorp", rank=8, basis="svd", weight_norm="row", refresh_gap=250, stagger=False, scale=1.0
+    ),
     # Provisional: frequent warm refreshes, since a stale basis loses more than an inexact one.
     "auto": Recipe("auto"),
 }
-NOT_BUILT_YET = ("gradnormlorp", "galore2", "vlorp")
-PARTS_NOT_BUILT_YET = (
-    "granularity",
-    "weight_norm",
-)
+NOT_BUILT_YET = ("galore2", "vlorp")
+PARTS_NOT_BUILT_YET = ("granularity",)
 _OVERRIDES = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "projects"))
 
 
@@ -228,6 +246,7 @@ def _check(recipe: Recipe) -> None:
         "lazy_statistic": LazyStatistic,
         "update": Update,
         "rounding": Rounding,
+        "sides": Sides,
     }
     for part, values in texts.items():
         if getattr(recipe, part) not in get_args(values):
@@ -271,6 +290,8 @@ def _check(recipe: Recipe) -> None:
         )
     if recipe.residual == "scaled":
         _check_scaled(recipe)
+    if recipe.weight_norm is not None:
+        _check_normalized(recipe)
     limit = recipe.refresh_limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SettingError(f"refresh_limit={limit!r} must be an int of at least 1, or None for all that are due")
@@ -330,6 +351,34 @@ def _check_scaled(recipe: Recipe) -> None:
             f"residual='scaled' adds to a plain weight, which weight_bits={recipe.weight_bits} has not; use "
             "weight_bits=None, or residual='drop'"
         )
+
+
+def _check_normalized(recipe: Recipe) -> None:
+    """What is trained are factors, and their gradients are small."""
+    if recipe.weight_norm not in get_args(WeightNorm):
+        raise SettingError(f"weight_norm={recipe.weight_norm!r} is not one of row, column, or None")
+    if not recipe.projects:
+        raise SettingError(f"weight_norm={recipe.weight_norm!r} trains factors, and recipe {recipe.name!r} has none")
+    _check_positive("factor_scale", recipe.factor_scale)
+    if not isinstance(recipe.merge_factors, bool):
+        raise SettingError(f"merge_factors={recipe.merge_factors!r} must be True or False")
+    if recipe.merge_factors and (recipe.refresh != "fixed" or recipe.stagger):
+        raise SettingError(
+            f"merge_factors=True renews all bases after each gap; use refresh='fixed' and stagger=False (now "
+            f"{recipe.refresh!r} and {recipe.stagger})"
+        )
+    fixed = {"cross_head": None, "residual": "drop", "weight_bits": None, "basis_bits": None, "oversampling": 0}
+    if recipe.sides == "two":
+        fixed |= {"basis": "svd", "moments_on_refresh": recipe.moments_on_refresh}
+        if recipe.moments_on_refresh == "rotate":
+            raise SettingError("moments_on_refresh='rotate' knows one basis, and sides='two' has two; use 'keep'")
+    for part, only in fixed.items():
+        value = getattr(recipe, part)
+        if value != only:
+            raise SettingError(
+                f"{part}={value!r} is for weights trained in a subspace of their own, and weight_norm="
+                f"{recipe.weight_norm!r} trains factors of them; use {part}={only!r}"
+            )
 
 
 def _check_int(part: str, number: object, least: int) -> None:

@@ -17,10 +17,10 @@ from galore_fx.runtime.sparse_residual import entries_of
 from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
 from galore_fx.runtime.subspace import (
     ProjectedDim,
+    exact_bases,
     exact_basis,
     leading_columns,
     orthonormalize,
-    project,
     sketch_of,
 )
 
@@ -80,11 +80,9 @@ class BasisRefresh:
         layers = self.queue.layers_in_turn()
         self._turn = self.queue.turn()
         for key, record in self._records.items():
-            is_in_turn = self.queue.layer_of(key) in layers
             if record.draws:
                 record.draw(key_of(_DRAW_SEED, self.counters.num_updates, self._numbers[key]))
-            steady = GradientForm.FULL if record.wants_full_gradient else GradientForm.PROJECTED
-            record.form = record.refresh_form if is_in_turn and steady is GradientForm.PROJECTED else steady
+            record.form = record.form_of(due=self.queue.layer_of(key) in layers)
 
     def note_direction(self, record: ProjectedParameter, projected: Tensor) -> None:
         """Takes note of a gradient that an update is about to consume, where a refresh hangs on it."""
@@ -108,7 +106,7 @@ class BasisRefresh:
         if record.refresh_form is GradientForm.FULL and is_due:
             self._renew(
                 record,
-                lambda: exact_basis(grad, record.rank, record.dim),
+                lambda: new_basis(record, grad),
                 lambda new: gradient_overlap(grad, record.basis, new, record.dim),
             )
         if record.refresh_form is GradientForm.SKETCHED and is_due:
@@ -125,7 +123,7 @@ class BasisRefresh:
                 "that is no linear layer, or outside its block. Right, but slow and large",
                 stacklevel=2,
             )
-        projected = project(grad, record.basis, record.dim)
+        projected = record.project(grad)
         record.leaf.grad = projected if record.leaf.grad is None else record.leaf.grad + projected
         if record.residual is not None:
             leaf, entries = record.residual.leaf, entries_of(grad, record.residual.columns)
@@ -177,3 +175,14 @@ class BasisRefresh:
                 self.counters.num_refreshes += 1
                 self.queue.finish(key)
         self.time_s += time.perf_counter() - start
+
+
+def new_basis(record: ProjectedParameter, grad: Tensor) -> Tensor | None:
+    """The exact basis of a full gradient; that of the columns is exchanged at once where both sides are projected."""
+    if record.right_basis is None:
+        return exact_basis(grad, record.rank, record.dim)
+    bases = exact_bases(grad, record.rank)
+    if bases is None:
+        return None
+    record.right_basis.copy_(bases[1])
+    return bases[0]

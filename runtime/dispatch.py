@@ -22,6 +22,7 @@ from torch import nn
 from galore_fx.errors import CaptureError
 from galore_fx.runtime.compatibility import DynamoError, in_backward, refuse_unsupported_modes
 from galore_fx.runtime.eager_form import run_eager
+from galore_fx.runtime.normalized_linear import with_merged_weights
 from galore_fx.runtime.quantized_tensor import plain_tensors
 
 _NUMBERS = itertools.count()
@@ -255,7 +256,7 @@ class ClearingZeroGrad(_StandIn):
 
 
 class PlainSave(_StandIn):
-    """The model's ``save_pretrained`` (transformers): writes ordinary weights where it holds quantised ones."""
+    """The model's ``save_pretrained`` (transformers): ordinary weights where it holds quantised or normalised ones."""
 
     method = "save_pretrained"
 
@@ -263,7 +264,7 @@ class PlainSave(_StandIn):
         """As transformers' ``save_pretrained``; the state given, or else the model's, is made ordinary first."""
         given = self.__signature__.bind(*args, **kwargs)
         state = given.arguments.get("state_dict") or self.module.state_dict()
-        given.arguments["state_dict"] = plain_tensors(state)
+        given.arguments["state_dict"] = plain_tensors(with_merged_weights(self.module, state))
         return plain_method(self.module, self.method)(*given.args, **given.kwargs)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from galore_fx.errors import OptimizerError, UsageError
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.displacement import Displacement
+from galore_fx.runtime.factor_merge import FactorMerge
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
 from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments
 from galore_fx.runtime.optimizer_state import RESIDUAL, STATE_VERSION, Counters, restore
@@ -57,6 +58,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         in_backward: update inside the backward.
         max_grad_norm: clip before each update, None for not.
         rounding_seed: of the stochastic rounding of weights in 8 bits, None to round them to the nearest.
+        merge: adds low-rank changes to frozen weights from time to time, None for never.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         in_backward: bool,
         max_grad_norm: float | None,
         rounding_seed: int | None,
+        merge: FactorMerge | None = None,
     ) -> None:
         super().__init__([{**group} for group in param_groups], defaults)
         self.param_groups = param_groups
@@ -87,7 +90,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._updates = updates
         self._records = {id(record.weight): record for record in records}
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
-        self._rounding_seed = rounding_seed
+        self._rounding_seed, self._merge = rounding_seed, merge
         self._moments_on_refresh = moments_on_refresh
         self._scale = scale
         self._updated: set[int] = set()
@@ -240,6 +243,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if updated:
             self.counters.num_updates += 1
             self._residuals.set_learning(self.counters.num_updates)
+            if self._merge is not None:
+                self._merge.after_update(self.counters.num_updates, self._records, self.state, self._states.like)
             self._open_window()
 
     # Deferred.
@@ -327,7 +332,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             whole = None
             if record is not None and parameter.grad is not None:
-                whole = parameter.grad if record.wants_full_gradient else None
+                whole = parameter.grad if record.complement_norm is not None else None
                 self.refreshes.project_full(record, parameter.grad)
                 holder = record.leaf
             grad, holder.grad = holder.grad, None

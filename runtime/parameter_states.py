@@ -56,6 +56,8 @@ class ParameterStates:
         state = self.like(parameter, record.leaf if record is not None else parameter)
         if record is not None:
             state |= {"basis": record.basis} | new_residual_state(record, self.like)
+            if record.right_basis is not None:
+                state["right_basis"] = record.right_basis
             if record.first_direction is not None:
                 state["first_direction"] = record.first_direction
         return state

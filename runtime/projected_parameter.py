@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from galore_fx.runtime.leaf import storage_free_leaf
 from galore_fx.runtime.sampled_heads import SampledHeads
 from galore_fx.runtime.sparse_residual import SparseResidual
-from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.subspace import ProjectedDim, project
 
 
 class GradientForm(enum.Enum):
@@ -57,6 +57,9 @@ class ProjectedParameter:
         sketch_columns: random columns that are sketched besides the basis, (m, p) or (n, p); None for none.
         first_direction: the unit projected gradient that followed the basis, where a refresh hangs on it.
         complement_norm: of the last scaled residual, 0-d float32; None where the residual is not scaled.
+        delivers_full: whether the full gradient comes in every backward, since it is small: a factor's.
+        right_basis: where both sides are projected, that of the columns, (n, r); ``basis`` is then that of the rows,
+            and R is (r, r).
     """
 
     name: str
@@ -76,6 +79,8 @@ class ProjectedParameter:
     sketch_columns: Tensor | None = None
     first_direction: Tensor | None = None
     complement_norm: Tensor | None = None
+    delivers_full: bool = False
+    right_basis: Tensor | None = None
 
     @classmethod
     def create(
@@ -118,7 +123,8 @@ class ProjectedParameter:
         """What this record holds through the step, besides the weight."""
         heads = [self.heads.features] if self.heads is not None else []
         columns = [self.sketch_columns] if self.sketch_columns is not None else []
-        return [self.basis, self.sketch_leaf, *self.gradient_leaves(), *heads, *columns]
+        right = [self.right_basis] if self.right_basis is not None else []
+        return [self.basis, self.sketch_leaf, *self.gradient_leaves(), *heads, *columns, *right]
 
     def oversample(self, num_columns: int) -> None:
         """Sketches so many random columns besides the basis; before anything is compiled."""
@@ -160,7 +166,23 @@ class ProjectedParameter:
     @property
     def wants_full_gradient(self) -> bool:
         """Whether every backward is to deliver G, for a residual that needs all of it."""
-        return self.complement_norm is not None
+        return self.complement_norm is not None or self.delivers_full
+
+    def form_of(self, *, due: bool) -> GradientForm:
+        """What the next backward is to deliver, where the basis is due and where it is not."""
+        if self.wants_full_gradient:
+            return GradientForm.FULL
+        return self.refresh_form if due else GradientForm.PROJECTED
+
+    def project(self, value: Tensor) -> Tensor:
+        """Coordinates of what has the weight's shape: R of a gradient."""
+        projected = project(value, self.basis, self.dim)
+        return projected if self.right_basis is None else projected @ self.right_basis
+
+    def project_both_sides(self, right_basis: Tensor) -> None:
+        """Projects the columns too, with this basis (n, r); before anything else is made of the record."""
+        self.right_basis = right_basis
+        self.leaf = storage_free_leaf((self.rank, self.rank), self.weight)
 
     def clear(self) -> None:
         """Forget the gradients in all their forms."""

@@ -72,14 +72,19 @@ def exact_basis(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
 
     Source: GaLore, arXiv:2403.03507, algorithm 2.
     """
+    bases = exact_bases(grad, rank)
+    return None if bases is None else bases[0] if dim is ProjectedDim.ROWS else bases[1]
+
+
+def exact_bases(grad: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
+    """The leading singular vectors of both sides, (m, r) and (n, r); None as for ``exact_basis``."""
     if not bool(torch.isfinite(torch.linalg.vector_norm(grad))):
         return None
     try:
         left, _, right = torch.linalg.svd(grad.float(), full_matrices=False)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None
-    vectors: Tensor = left[:, :rank] if dim is ProjectedDim.ROWS else right[:rank].T
-    return vectors.to(grad.dtype).contiguous()
+    return left[:, :rank].to(grad.dtype).contiguous(), right[:rank].T.to(grad.dtype).contiguous()
 
 
 def random_basis(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

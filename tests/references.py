@@ -144,3 +144,73 @@ class PlainFira(PlainGaLore):
             update = normalized @ basis.T if tall else basis @ normalized
             weight.sub_(self.lr * (self.scale * update + residual))
             weight.grad = None
+
+
+class PlainNormalized:
+    """GradNormLoRP written plainly: W formed anew in each step, gradients of M, I and J by autograd through it.
+
+    Args:
+        plain: the model as it was; its blocks' linear weights are read, never changed.
+        compiled: whose factors are copied at the start, and by whose names they go.
+        sides: "two" for U^T D V, "one" for the shorter side.
+        Others as of ``PlainGaLore``.
+    """
+
+    def __init__(
+        self,
+        plain: nn.Module,
+        compiled: nn.Module,
+        *,
+        rank: int,
+        gap: int,
+        scale: float,
+        factor_scale: float,
+        lr: float,
+        sides: str,
+        eps: float,
+    ) -> None:
+        self.model, self.rank, self.gap, self.scale, self.factor_scale = plain, rank, gap, scale, factor_scale
+        self.lr, self.sides, self.eps, self.num_updates = lr, sides, eps, 0
+        given = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
+        self.parameters = {name: p.detach().clone().requires_grad_() for name, p in given.items()}
+        self.layers = [name.removesuffix(".magnitude") for name in given if name.endswith(".magnitude")]
+        self.bases: dict[str, tuple[Tensor, Tensor]] = {}
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Of the model whose weights follow from the parameters."""
+        values = {name: p for name, p in self.parameters.items() if not name.endswith(("magnitude", "_in", "_out"))}
+        for name in self.layers:
+            base = self.model.get_parameter(f"{name}.weight").detach()
+            own = {part: self.parameters[f"{name}.{part}"] for part in ("magnitude", "factor_out", "factor_in")}
+            direction = base + self.factor_scale * own["factor_out"] @ own["factor_in"]
+            values[f"{name}.weight"] = own["magnitude"][:, None] * direction / direction.norm(dim=1, keepdim=True)
+        return torch.func.functional_call(self.model, values, kwargs={"input_ids": ids, "labels": ids}).loss
+
+    def step(self, ids: Tensor) -> None:
+        """One update of everything."""
+        grads = torch.autograd.grad(self.loss(ids), list(self.parameters.values()))
+        self.num_updates += 1
+        with torch.no_grad():
+            for (name, parameter), grad in zip(self.parameters.items(), grads, strict=True):
+                if not name.endswith(("factor_in", "factor_out")):
+                    parameter.sub_(self.lr * self._adam(name, grad))
+                    continue
+                if self.num_updates == 2 or (self.num_updates - 1) % self.gap == 0:
+                    left, _, right = torch.linalg.svd(grad, full_matrices=False)
+                    self.bases[name] = left[:, : self.rank], right[: self.rank].T
+                left, right = self.bases[name]
+                if self.sides == "two":
+                    update = left @ self._adam(name, left.T @ grad @ right) @ right.T
+                elif grad.shape[0] >= grad.shape[1]:
+                    update = self._adam(name, grad @ right) @ right.T
+                else:
+                    update = left @ self._adam(name, left.T @ grad)
+                parameter.sub_(self.lr * self.scale * update)
+
+    def _adam(self, name: str, grad: Tensor) -> Tensor:
+        first, second = self.moments.get(name, (torch.zeros_like(grad), torch.zeros_like(grad)))
+        first, second = 0.9 * first + 0.1 * grad, 0.999 * second + 0.001 * grad * grad
+        self.moments[name] = (first, second)
+        corrected = first / (1 - 0.9**self.num_updates)
+        return corrected / ((second / (1 - 0.999**self.num_updates)).sqrt() + self.eps)

@@ -62,7 +62,8 @@ def plan_parameters(
         if linear is None:
             state_bytes = num_state_tensors * state_format.stored_bytes(parameter.numel(), element) + scalar_bytes
             sizes = {
-                "weights": weight_bytes,
+                "weights": 0 if role.is_factor else weight_bytes,
+                "factors": weight_bytes if role.is_factor else 0,
                 "bases": 0,
                 "optimizer_state": state_bytes,
                 "residuals": 0,
@@ -74,20 +75,25 @@ def plan_parameters(
             continue
         shape = (parameter.shape[0], parameter.shape[1])
         dim, rank = projected_dim(linear, recipe), recipe.rank_in_force(shape)
-        low = math.prod(dim.projected_shape(shape, rank))
+        if linear.is_factor:
+            rank = min(shape)
+        is_two_sided = linear.is_factor and recipe.sides == "two"
+        low = rank * rank if is_two_sided else math.prod(dim.projected_shape(shape, rank))
         weight_bits = recipe.weight_bits if parameter.numel() % GROUP == 0 else None
         num_slots = num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
         sparse = shape[0] * num_slots
         entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes
         direction = low * element if recipe.refresh == "lotus" else 0
         is_scaled = recipe.residual == "scaled"
-        basis_elements = math.prod(dim.basis_shape(shape, rank))
+        basis_elements = rank * sum(shape) if is_two_sided else math.prod(dim.basis_shape(shape, rank))
+        stored = _stored_bytes(parameter.numel(), weight_bits, element)
         sizes = {
-            "weights": _stored_bytes(parameter.numel(), weight_bits, element),
+            "weights": 0 if linear.is_factor else stored,
+            "factors": stored if linear.is_factor else 0,
             "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
             "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes + direction,
             "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states if sparse else 4 * is_scaled,
-            "gradients": (low + sparse + is_scaled * parameter.numel()) * element,
+            "gradients": (low + sparse + (is_scaled or linear.is_factor) * parameter.numel()) * element,
         }
         about = (role.description, role.shared_with, weight_bits)
         entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, *about))
@@ -103,7 +109,9 @@ def _stored_bytes(num_elements: int, bits: int | None, element: int) -> int:
 def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:
     """Which dimension of the weight shrinks. Equal sides: the columns, as the reference does (m >= n)."""
     rows, cols = linear.weight.shape
-    if recipe.project == "shorter":
+    if linear.is_factor and recipe.sides == "two":
+        return ProjectedDim.ROWS  # and the columns besides
+    if recipe.project == "shorter" or linear.is_factor:
         return ProjectedDim.COLS if rows >= cols else ProjectedDim.ROWS
     input_is_rows = linear.in_first
     return ProjectedDim.ROWS if (recipe.project == "input") == input_is_rows else ProjectedDim.COLS

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from galore_fx.errors import ModelError
+from galore_fx.runtime.normalized_linear import FACTORS, NormalizedLinear
 
 _ATTENTION_KEYS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -23,11 +24,13 @@ class LinearWeight:
         name: qualified name of the parameter in the model.
         weight: the parameter, 2-D.
         in_first: whether its first dimension is the layer's input (transformers' Conv1D).
+        is_factor: whether it is a low-rank factor of a normalised layer.
     """
 
     name: str
     weight: nn.Parameter
     in_first: bool
+    is_factor: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +124,8 @@ def _linear_weights(prefix: str, module: nn.Module, claimed: set[int]) -> tuple[
         in_first = type(child).__name__ == "Conv1D" and hasattr(child, "nf")
         if isinstance(child, nn.Linear) or in_first:
             keys: tuple[str, ...] = ("weight",)
+        elif isinstance(child, NormalizedLinear):
+            keys = FACTORS
         else:
             # nn.MultiheadAttention's output layer is an nn.Linear; these are the weights of its input layers.
             keys = _ATTENTION_KEYS if isinstance(child, nn.MultiheadAttention) else ()
@@ -129,5 +134,5 @@ def _linear_weights(prefix: str, module: nn.Module, claimed: set[int]) -> tuple[
             usable = isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.is_floating_point()
             if usable and weight.requires_grad and id(weight) not in claimed:
                 claimed.add(id(weight))
-                found.append(LinearWeight(f"{name}.{key}" if name else key, weight, in_first))
+                found.append(LinearWeight(f"{name}.{key}" if name else key, weight, in_first, key in FACTORS))
     return tuple(found)

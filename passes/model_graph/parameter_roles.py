@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from galore_fx.passes.model_graph.find_regions import Region
+from galore_fx.runtime.normalized_linear import FACTORS, TRAINED, NormalizedLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +16,12 @@ class ParameterRole:
     Attributes:
         description: "linear of a block", "embedding", ...: why it can be projected, or why not.
         shared_with: its other names in the model, where several modules use it.
+        is_factor: whether it is a trained part of a normalised layer.
     """
 
     description: str
     shared_with: tuple[str, ...]
+    is_factor: bool = False
 
 
 def parameter_roles(model: nn.Module, regions: Sequence[Region]) -> dict[str, ParameterRole]:
@@ -36,7 +39,10 @@ def parameter_roles(model: nn.Module, regions: Sequence[Region]) -> dict[str, Pa
             continue
         known = kinds[id(parameter)]
         others = tuple(other for other in names[id(parameter)] if other != name)
-        if id(parameter) in in_blocks:
+        is_factor = "factor" in known or "magnitude" in known
+        if is_factor:
+            description = "factor of a normalised layer" if "factor" in known else "magnitude of a normalised layer"
+        elif id(parameter) in in_blocks:
             description = "linear of a block"
         elif parameter.ndim != 2:
             description = f"{parameter.ndim}-D, not a matrix"
@@ -44,13 +50,15 @@ def parameter_roles(model: nn.Module, regions: Sequence[Region]) -> dict[str, Pa
             description = "embedding, tied to the head" if "linear" in known else "embedding"
         else:
             description = "linear outside the blocks" if "linear" in known else "not the weight of a linear layer"
-        roles[name] = ParameterRole(description, others)
+        roles[name] = ParameterRole(description, others, is_factor)
     return roles
 
 
 def _kind(module: nn.Module, key: str) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, NormalizedLinear) and key in TRAINED:
+        return "factor" if key in FACTORS else key
     conv1d = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
     linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or conv1d
     return "linear" if linear and key.endswith("weight") else "other"

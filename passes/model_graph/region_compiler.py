@@ -220,8 +220,8 @@ class CapturedRegion:
 
     def compile_forms(self, records: list[ProjectedParameter | None]) -> None:
         """Compiles the steady and the refreshing form now, while what they demand of the symbols becomes guards."""
-        for form in (GradientForm.PROJECTED, None):
-            forms = [(form or record.refresh_form) if record else None for record in records]
+        for due in (False, True):
+            forms = [record.form_of(due=due) if record else None for record in records]
             key = self._key(records, forms)
             if key not in self._variants:
                 self._variants[key] = self._compile(records, forms)

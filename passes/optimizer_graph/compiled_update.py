@@ -22,7 +22,7 @@ from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.repetition import alike
 from galore_fx.runtime.scaled_residual import Complement
-from galore_fx.runtime.subspace import add_back_projection_, project
+from galore_fx.runtime.subspace import add_back_projection_
 
 # What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
 SLICE_ELEMENTS = 2**20
@@ -82,8 +82,10 @@ class CompiledUpdate:
         if record is None:
             self._step_plain(branch, weight, grad, tensors, state, values)
             return
-        read = project(weight, record.basis, record.dim) if self._needs_weight else None
+        read = record.project(weight) if self._needs_weight else None
         update, factor = self.step_low(branch, grad, tensors, state, values, weight.dtype, read)
+        if record.right_basis is not None:
+            update = update.to(weight.dtype) @ record.right_basis.T
         scaled = None if complement is None else complement.scaled(update)
         if isinstance(weight, QuantizedTensor):
             self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
