@@ -20,5 +20,5 @@ from galore_fx.explanation import Explanation as Explanation
 from galore_fx.explanation import explain as explain
 from galore_fx.plan_record import Plan as Plan
 from galore_fx.quantization import plain_state_dict as plain_state_dict
-from galore_fx.recipe import RECIPES as RECIPES
 from galore_fx.recipe import Recipe as Recipe
+from galore_fx.recipes import RECIPES as RECIPES

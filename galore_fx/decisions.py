@@ -15,7 +15,8 @@ from galore_fx.passes.model_graph.find_regions import Region, find_regions
 from galore_fx.passes.model_graph.parameter_roles import parameter_roles
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler, Variants
 from galore_fx.plan_record import ParameterPlan, Plan
-from galore_fx.recipe import Recipe, resolve_recipe
+from galore_fx.recipe import Recipe
+from galore_fx.recipes import resolve_recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
 from galore_fx.runtime.moment_transfer import check_rotates

@@ -10,7 +10,7 @@ from torch import nn
 
 from galore_fx.handle import Compiled
 from galore_fx.passes.model_graph.normalize_weights import Normalization, normalize_weights
-from galore_fx.recipe import resolve_recipe
+from galore_fx.recipes import resolve_recipe
 from galore_fx.request import Request
 
 

@@ -77,6 +77,7 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
         projected_shape = dim.projected_shape((entry.shape[0], entry.shape[1]), entry.rank)
         if decisions.recipe.oversampling:
             record.oversample(min(decisions.recipe.oversampling, shape[0] - entry.rank))
+        record.is_random = decisions.recipe.basis == "random"
         if linear.is_factor:
             record.delivers_full = True
             if decisions.recipe.sides == "two":
@@ -102,7 +103,7 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
 def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], layers: list[int]) -> SubspaceOptimizer:
     recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
     # A factor's gradient is zero in the first update, where the other factor is.
-    is_second_first = not exact or recipe.weight_norm is not None
+    is_second_first = recipe.basis == "subspace-iteration" or recipe.weight_norm is not None
     num_initial = max(SUBSPACE_ITERATION_WARM_UP if is_second_first else 1, recipe.iterations)
     # So it is after a merge.
     num_iterations = SUBSPACE_ITERATION_WARM_UP if recipe.merge_factors else recipe.iterations

@@ -21,6 +21,7 @@ from galore_fx.runtime.subspace import (
     exact_basis,
     leading_columns,
     orthonormalize,
+    random_basis,
     sketch_of,
 )
 
@@ -131,12 +132,17 @@ class BasisRefresh:
         record.weight.grad = None
 
     def apply_sketches(self) -> None:
-        """Renews the bases whose sketches have been kept."""
-        for key in list(self._sketches):
+        """Renews the bases whose sketches have been kept, and those that are drawn."""
+        drawn = [key for key in self._turn if self._records[key].is_random]
+        for key in [*self._sketches, *sorted(drawn, key=self._numbers.__getitem__)]:
             self.apply_sketch(self._records[key])
 
     def apply_sketch(self, record: ProjectedParameter) -> None:
-        """Renews one basis from its sketch, if that has been kept."""
+        """Renews one basis, if it is due: from its sketch, where that has been kept, or as it is drawn."""
+        if record.is_random and id(record.weight) in self._turn & self.queue.due_since.keys():
+            generator = torch.Generator().manual_seed(record.draw_key & 0xFFFFFFFF)
+            shape = (record.basis.shape[0], record.basis.shape[1])
+            self._renew(record, lambda: random_basis(shape, generator).to(record.basis.device), lambda _new: 0.0)
         sketch = self._sketches.pop(id(record.weight), None)
         if sketch is not None:
             with torch.no_grad():

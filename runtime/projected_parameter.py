@@ -51,12 +51,13 @@ class ProjectedParameter:
         refresh_form: what it is when the basis is due.
         shared_roles: roles whose heads share a basis ("query", ...), if the graph shows such heads in this weight.
         heads: those that are drawn, once they have been found.
-        head_key: the number that says which are drawn in this window.
+        draw_key: the number that says what is drawn in this window.
         residual: the entries that are trained at full rank besides, None for none.
         sketch_hook: to be called with ``sketch_leaf`` when its ``.grad`` is complete.
         sketch_columns: random columns that are sketched besides the basis, (m, p) or (n, p); None for none.
         first_direction: the unit projected gradient that followed the basis, where a refresh hangs on it.
         complement_norm: of the last scaled residual, 0-d float32; None where the residual is not scaled.
+        is_random: whether a new basis is drawn and not found from a gradient.
         delivers_full: whether the full gradient comes in every backward, since it is small: a factor's.
         right_basis: where both sides are projected, that of the columns, (n, r); ``basis`` is then that of the rows,
             and R is (r, r).
@@ -73,12 +74,13 @@ class ProjectedParameter:
     refresh_form: GradientForm = GradientForm.SKETCHED
     shared_roles: frozenset[str] = frozenset()
     heads: SampledHeads | None = None
-    head_key: int = 0
+    draw_key: int = 0
     residual: SparseResidual | None = None
     sketch_hook: Callable[[Tensor], None] | None = None
     sketch_columns: Tensor | None = None
     first_direction: Tensor | None = None
     complement_norm: Tensor | None = None
+    is_random: bool = False
     delivers_full: bool = False
     right_basis: Tensor | None = None
 
@@ -139,7 +141,7 @@ class ProjectedParameter:
             heads: the output features of each.
         """
         self.heads, self.sketch_columns = SampledHeads(heads, self.rank, self.weight.device), None
-        self.heads.draw(self.head_key)
+        self.heads.draw(self.draw_key)
         shape = self.heads.gradient_shape((self.weight.shape[0], self.weight.shape[1]), self.dim)
         self.sketch_leaf = storage_free_leaf(shape, self.weight)
         if self.sketch_hook is not None:
@@ -150,7 +152,7 @@ class ProjectedParameter:
 
     def draw(self, key: int) -> None:
         """Other heads or random columns for the next window; heads that are found later are drawn then."""
-        self.head_key = key
+        self.draw_key = key
         if self.heads is not None:
             self.heads.draw(key)
         elif self.sketch_columns is not None:
@@ -161,7 +163,7 @@ class ProjectedParameter:
     @property
     def draws(self) -> bool:
         """Whether a refresh takes something that is drawn."""
-        return bool(self.shared_roles) or self.sketch_columns is not None
+        return bool(self.shared_roles) or self.sketch_columns is not None or self.is_random
 
     @property
     def wants_full_gradient(self) -> bool:
@@ -172,7 +174,7 @@ class ProjectedParameter:
         """What the next backward is to deliver, where the basis is due and where it is not."""
         if self.wants_full_gradient:
             return GradientForm.FULL
-        return self.refresh_form if due else GradientForm.PROJECTED
+        return self.refresh_form if due and not self.is_random else GradientForm.PROJECTED
 
     def project(self, value: Tensor) -> Tensor:
         """Coordinates of what has the weight's shape: R of a gradient."""

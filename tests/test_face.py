@@ -194,7 +194,7 @@ def test_frozen_and_tied_weights_are_left_to_what_they_are():
 
 def test_which_dimension_shrinks():
     from galore_fx.passes.model_graph.find_regions import LinearWeight
-    from galore_fx.recipe import resolve_recipe
+    from galore_fx.recipes import resolve_recipe
 
     def dim(shape, in_first, project):
         weight = LinearWeight("w", nn.Parameter(torch.zeros(shape)), in_first)

@@ -49,12 +49,45 @@ def test_several_iterations_and_a_resumed_run_draws_the_same(parts):
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("update", ["deferred", "in-backward"])
+def test_a_random_basis_is_drawn_anew_with_each_gap_and_the_same_in_a_resumed_run(update):
+    def make():
+        return galore_fx.compile(
+            llama(1), optimizer=adamw(), basis="random", rank=8, refresh_gap=3, stagger=False, update=update
+        )
+
+    ids = batches(7)
+    straight, stopped, resumed = make(), make(), make()
+    record = next(iter(straight.galore_fx.optimizer.records))
+    seen = []
+    for batch in ids:
+        train(straight, [batch])
+        seen.append(record.basis.clone())
+        torch.testing.assert_close(seen[-1].T @ seen[-1], torch.eye(8), atol=1e-5, rtol=0)
+    assert [not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert straight.galore_fx.stats()["num_region_variants"] == 1, "a refresh needs no graph of its own"
+    train(stopped, ids[:4])
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
+    train(resumed, ids[4:])
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
         ({"oversampling": -1}, "oversampling=-1 must be an int of at least 0"),
         ({"oversampling": 4, "basis": "svd"}, "oversampling=4 is of basis='subspace-iteration'"),
         ({"oversampling": 4, "refresh": "lazy"}, "oversampling=4 changes what the overlap of a sketch means"),
+        ({"basis": "random", "refresh": "lazy"}, "looks at no gradient, and refresh='lazy' decides on one"),
+        ({"basis": "random", "oversampling": 2}, "basis='random' has none"),
         ({"iterations": 0}, "iterations=0 must be an int of at least 1"),
         ({"iterations": 4, "refresh_gap": 3}, "iterations=4 take as many updates"),
     ],

@@ -27,7 +27,7 @@ from recipe_parts import add_part_option
 from torch import nn
 
 import galore_fx
-from galore_fx.recipe import resolve_recipe
+from galore_fx.recipes import resolve_recipe
 from galore_fx.units import format_bytes, parse_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

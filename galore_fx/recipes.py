@@ -1,0 +1,72 @@
+"""The published systems as named recipes, and how a name and overrides become one recipe."""
+
+import dataclasses
+from typing import Any
+
+from galore_fx.errors import SettingError
+from galore_fx.recipe import Recipe
+from galore_fx.recipe_checks import check_recipe
+
+RECIPES = {
+    # Published defaults: Zhao et al. 2024, arXiv:2403.03507, appendix C (T = 200, alpha = 0.25, r = d/4); every
+    # layer refreshes in the same update, as in the released optimizer.
+    "galore": Recipe("galore", basis="svd", refresh_gap=200, stagger=False),
+    # Published defaults: Zhang et al. 2024, arXiv:2407.08296, and its scripts (gap 200, 500 for 7B; rank a quarter of
+    # the hidden size but for 130M, where it is 256 of 768; queue of 5). The overlap takes the place of the cosine, with
+    # a threshold of its own (docs/quality.md).
+    "q-galore": Recipe(
+        "q-galore",
+        basis="svd",
+        refresh="lazy",
+        refresh_gap=200,
+        stagger=False,
+        weight_bits=8,
+        basis_bits=4,
+        state_bits=8,
+    ),
+    "full": Recipe("full", projects=False),
+    # Reconstructed: Liao et al. 2024, arXiv:2412.19820. Cross-head bases of queries and keys, subspace iteration and
+    # sparse residuals are the paper's; the gap and the density are ours (docs/architecture.md).
+    "galore+": Recipe("galore+", project="input", cross_head="query-key", residual="sparse", refresh_gap=20),
+    # Su et al. 2025, arXiv:2504.20437: GaLore with randomized refreshes; on one device. How many columns it has besides
+    # the rank is not known; here its sketch starts from the old basis.
+    "galore2": Recipe("galore2", oversampling=8, refresh_gap=200, stagger=False),
+    # Verified against the paper's algorithm 1, arXiv:2602.01233: randomized refreshes when the gradient has stopped
+    # moving. What becomes of the moments is not said there; they are kept, as GaLore's code does.
+    "lotus": Recipe("lotus", refresh="lotus", stagger=False),
+    # Chen et al. 2024, arXiv:2410.01623: GaLore's settings, and the residual. Updates in the backward are ours.
+    "fira": Recipe("fira", basis="svd", refresh_gap=200, stagger=False, residual="scaled", update="in-backward"),
+    # Reconstructed: Huang et al. 2024, arXiv:2412.19616, from its summaries; gap and rank as in its scripts.
+    "gradnormlorp": Recipe(
+        "gradnormlorp", rank=8, basis="svd", weight_norm="row", refresh_gap=250, stagger=False, scale=1.0
+    ),
+    # Provisional: frequent warm refreshes, since a stale basis loses more than an inexact one.
+    "auto": Recipe("auto"),
+}
+NOT_BUILT_YET = ("vlorp",)
+PARTS_NOT_BUILT_YET = ("granularity",)
+_OVERRIDES = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in ("name", "projects"))
+
+
+def resolve_recipe(name: str | Recipe, overrides: dict[str, Any]) -> Recipe:
+    """The recipe of that name with some parts replaced.
+
+    Raises:
+        SettingError: unknown name or part, or a value outside what the part allows; lists what exists.
+    """
+    if isinstance(name, Recipe):
+        recipe = name
+    elif name in RECIPES:
+        recipe = RECIPES[name]
+    elif name in NOT_BUILT_YET:
+        raise SettingError(f"recipe {name!r} is planned but not built yet; available: {', '.join(sorted(RECIPES))}")
+    else:
+        raise SettingError(f"unknown recipe {name!r}; available: {', '.join(sorted(RECIPES))}")
+    for key in overrides:
+        if key in PARTS_NOT_BUILT_YET:
+            raise SettingError(f"override {key}={overrides[key]!r}: this part is planned but not built yet")
+        if key not in _OVERRIDES:
+            raise SettingError(f"unknown override {key}={overrides[key]!r}; a recipe has {', '.join(_OVERRIDES)}")
+    recipe = dataclasses.replace(recipe, **overrides)
+    check_recipe(recipe)
+    return recipe
