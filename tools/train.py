@@ -276,13 +276,13 @@ def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
     parts = {
         name: getattr(arguments, name) for name in ("rank", "refresh_gap", "update", "state_bits", "max_grad_norm")
     }
-    parts |= dict(arguments.part)
+    parts = {name: value for name, value in parts.items() if value is not None} | dict(arguments.part)
     galore_fx.compile(
         model,
         arguments.budget,
         recipe=arguments.recipe,
         optimizer=functools.partial(torch.optim.AdamW, lr=arguments.lr, weight_decay=arguments.weight_decay),
-        **{name: value for name, value in parts.items() if value is not None},
+        **parts,
     )
 
 
