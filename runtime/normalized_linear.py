@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 # The trained parts of a normalised layer, and what is frozen.
@@ -60,9 +61,10 @@ class NormalizedLinear(nn.Module):
         y = functional.linear(x, base) + self.scale * functional.linear(
             functional.linear(x, self.factor_in), self.factor_out
         )
-        if not self.by_column:
-            y = y * factor
-        return y if self.bias is None else y + self.bias
+        if self.by_column:
+            return y if self.bias is None else y + self.bias
+        magnified: Tensor = _Magnified.apply(y, factor, self.bias)
+        return magnified
 
     @property
     def weight(self) -> Tensor:
@@ -102,6 +104,34 @@ class NormalizedLinear(nn.Module):
 
     def _out_in(self) -> Tensor:
         return self.base_weight.T if self.in_first else self.base_weight
+
+
+class _Magnified(torch.autograd.Function):
+    """``Z = Y f + b`` whose backward reads Z and not Y.
+
+    The gradient of f, sum over tokens of dZ (Z - b) / f, needs no activation besides Z, which most readers of a linear
+    layer's output keep anyway: an activation function its input, attention its queries, keys and values.
+    """
+
+    @staticmethod
+    def forward(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+        """Z, (..., m), from Y (..., m), f (m,), b (m,) or None."""
+        return y * factor if bias is None else y * factor + bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps Z."""
+        ctx.save_for_backward(output, inputs[1], inputs[2])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dY, df, db. A factor of zero, of a weight's row of zeros, gets no gradient."""
+        z, factor, bias = ctx.saved_tensors
+        wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+        total = (grad.to(wide.dtype) * (z if bias is None else z - bias)).sum_to_size(factor.shape)
+        of_factor = torch.where(wide != 0, total / torch.where(wide != 0, wide, 1.0), 0.0)
+        return grad * factor, of_factor.to(factor.dtype), None if bias is None else grad.sum_to_size(bias.shape)
 
 
 def normalize(

@@ -43,9 +43,31 @@ def compare(make_model: Callable[[], nn.Module], sample: Any, chosen: galore_fx.
         fits = "" if budget is None else "fits" if plan.peak_bytes <= budget else "does not fit"
         sizes = [format_bytes(plan.categories.get(name, 0)) for name in names]
         rows.append((way, *sizes, format_bytes(plan.peak_bytes), fits))
-    return tabulate(
+    peaks = tabulate(
         rows, headers=("way of training", *names, "peak", ""), maxcolwidths=[24, *[None] * (len(names) + 2)]
     )
+    return f"{peaks}\n\n{_optimizer_memory(make_model, chosen)}"
+
+
+def _optimizer_memory(make_model: Callable[[], nn.Module], chosen: galore_fx.Plan) -> str:
+    """A table: what the optimizer keeps, beside AdamW with states in float32 and as the weights are."""
+    ways = {
+        "AdamW, states in float32": galore_fx.plan(make_model(), recipe="full", state_bits=32),
+        "AdamW, states as the weights": galore_fx.plan(make_model(), recipe="full"),
+        f"chosen: {chosen.recipe['name']}": chosen,
+    }
+    whole = {way: _kept(plan, "optimizer_state") + _kept(plan, "bases") for way, plan in ways.items()}
+    rows = []
+    for way, plan in ways.items():
+        parts = [format_bytes(_kept(plan, name)) for name in ("optimizer_state", "bases", "factors")]
+        shares = [f"{whole[way] / whole[other] - 1:+.1%}" for other in list(ways)[:2]]
+        rows.append((way, *parts[:2], format_bytes(whole[way]), *shares, parts[2]))
+    headers = ("optimizer memory", "states", "bases", "both", "to float32", "to the weights' dtype", "beside: factors")
+    return tabulate(rows, headers=headers, maxcolwidths=[24, *[None] * 6])
+
+
+def _kept(plan: galore_fx.Plan, category: str) -> int:
+    return sum(parameter.bytes[category] for parameter in plan.parameters)
 
 
 class LoraLinear(nn.Module):

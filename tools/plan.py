@@ -4,6 +4,7 @@
     python tools/plan.py path/to/config.json --batch 4 --seq 1024 --dtype bfloat16 --device cuda
     python tools/plan.py HUB/NAME --recipe galore --json plan.json --plot plan.svg
     python tools/plan.py llama-1b --budget 24GB --compare
+    python tools/plan.py llama-7b --budget 24GB --seq 512 --recipe gradnormlorp --rank 128 --state-bits 8 --compare
 
 MODEL is a preset, a transformers config file, or a hub name. The step is simulated on tensors without memory: no
 weights are loaded and no GPU is needed; for --device cpu, library kernels are tried on zeros to learn their scratch.
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--update", choices=("deferred", "in-backward"))
     parser.add_argument("--state-bits", type=int, choices=(8, 32), help="of the optimizer's states (as the weights)")
     add_part_option(parser)
+    parser.add_argument("--freeze-embeddings", action="store_true", help="they are not trained")
     parser.add_argument("--compare", action="store_true", help="beside other ways of training the same model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw one step there (svg or png; needs matplotlib)")
@@ -104,7 +106,8 @@ def read(arguments: argparse.Namespace) -> tuple[Callable[[], nn.Module], dict[s
     ids = torch.empty((arguments.batch, arguments.seq), dtype=torch.int64, device="meta")
     labels = torch.empty((arguments.batch,), dtype=torch.int64, device="meta") if classifies else ids
     settings |= {"recipe": arguments.recipe, "device": arguments.device}
-    return functools.partial(_without_memory, make, arguments.dtype), {"input_ids": ids, "labels": labels}, settings
+    make_model = functools.partial(_without_memory, make, arguments.dtype, arguments.freeze_embeddings)
+    return make_model, {"input_ids": ids, "labels": labels}, settings
 
 
 def _preset(name: str) -> tuple[Callable[[], nn.Module], int, bool]:
@@ -128,14 +131,18 @@ def _config(name: str) -> tuple[Callable[[], nn.Module], int | None, bool]:
     return make, getattr(config, "max_position_embeddings", None), "ForSequenceClassification" in kinds[0]
 
 
-def _without_memory(make: Callable[[], nn.Module], dtype: str) -> nn.Module:
+def _without_memory(make: Callable[[], nn.Module], dtype: str, freeze_embeddings: bool) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
         with torch.device("meta"):
-            return make()
+            model = make()
     finally:
         torch.set_default_dtype(before)
+    for module in model.modules() if freeze_embeddings else ():
+        if isinstance(module, nn.Embedding):
+            module.weight.requires_grad_(False)
+    return model
 
 
 def _number(text: str) -> int | float:
