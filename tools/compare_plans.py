@@ -46,10 +46,10 @@ def compare(make_model: Callable[[], nn.Module], sample: Any, chosen: galore_fx.
     peaks = tabulate(
         rows, headers=("way of training", *names, "peak", ""), maxcolwidths=[24, *[None] * (len(names) + 2)]
     )
-    return f"{peaks}\n\n{_optimizer_memory(make_model, chosen)}"
+    return f"{peaks}\n\n{optimizer_memory(make_model, chosen)}"
 
 
-def _optimizer_memory(make_model: Callable[[], nn.Module], chosen: galore_fx.Plan) -> str:
+def optimizer_memory(make_model: Callable[[], nn.Module], chosen: galore_fx.Plan) -> str:
     """A table: what the optimizer keeps, beside AdamW with states in float32 and as the weights are."""
     ways = {
         "AdamW, states in float32": galore_fx.plan(make_model(), recipe="full", state_bits=32),

@@ -131,7 +131,7 @@ def _config(name: str) -> tuple[Callable[[], nn.Module], int | None, bool]:
     return make, getattr(config, "max_position_embeddings", None), "ForSequenceClassification" in kinds[0]
 
 
-def _without_memory(make: Callable[[], nn.Module], dtype: str, freeze_embeddings: bool) -> nn.Module:
+def _without_memory(make: Callable[[], nn.Module], dtype: str, freeze_embeddings: bool = False) -> nn.Module:
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:
