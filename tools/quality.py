@@ -4,8 +4,8 @@
     python tools/quality.py galore+     of this study only
     python tools/quality.py --table     only writes the page
 
-Each variant is a run of ``tools/train.py`` (its default model, 10 M parameters) or of ``tools/arithmetic.py``; four to
-ten minutes each on two cores.
+Each variant is a run of ``tools/train.py`` (its default model, 10 M parameters), ``tools/arithmetic.py`` or
+``tools/classify.py`` (LoRA there needs ``pip install -e '.[peers]'``); two to ten minutes each on two cores.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any
 
 import arithmetic
 import bench
+import classify
 import torch
 import train
 from quality_studies import STUDIES, Study
@@ -29,6 +30,8 @@ ROWS = bench.RESULTS / "quality.jsonl"
 _KEPT = (
     "held_out_loss",
     "exact_match",
+    "accuracy",
+    "num_trained",
     "train_loss",
     "num_refreshes",
     "refresh_time_s",
@@ -67,9 +70,10 @@ def _run(study: Study, name: str, out: Path) -> None:
     folder = out / study.name / name.replace(", ", "-").replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("a") as output, contextlib.redirect_stdout(output):
-        if study.is_arithmetic:
-            command = ["--base", str(out / "arithmetic-base"), "--steps", str(study.steps), *study.variants[name]]
-            figures = arithmetic.main(command)
+        if study.script != "train":
+            main = {"arithmetic": arithmetic.main, "classify": classify.main}[study.script]
+            command = ["--base", str(out / f"{study.script}-base"), "--steps", str(study.steps)]
+            figures = main([*command, *study.variants[name]])
         else:
             command = ["--out", str(folder), "--steps", str(study.steps), *study.variants[name]]
             checkpoint = folder / "checkpoint.pt"
@@ -101,6 +105,8 @@ def _table(study: Study, rows: dict[str, Any]) -> str:
     columns = {
         "variant": lambda name, row: name,
         "exact match": lambda name, row: f"{row['exact_match']:.1%}" if "exact_match" in row else "",
+        "accuracy": lambda name, row: f"{row['accuracy']:.2%}" if "accuracy" in row else "",
+        "trained": lambda name, row: f"{row['num_trained']:,}" if "num_trained" in row else "",
         "held-out loss": lambda name, row: f"{row['held_out_loss']:.4f}",
         f"to {study.against}": lambda name, row: _ratio(row, against, "held_out_loss"),
         "refreshes": lambda name, row: row["num_refreshes"] or "",
