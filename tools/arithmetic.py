@@ -4,8 +4,8 @@
     python tools/arithmetic.py --recipe full --lr 5e-4
 
 The base model is the main job's, trained on Python's sources (``tools/train.py``) and kept in ``--base``. The problems
-are made here: names, things and small numbers in a few sentences, one or two operations; the operands of the held-out
-ones are in no training problem. Digits are written apart, so that each is a token.
+are made here: names, things and small numbers in a few sentences, one or two operations; no problem is met twice, and
+no held-out one in training. Digits are written apart, so that each is a token.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import galore_fx
 from galore_fx.measurement import counted_peak
 
 BASE_STEPS, BASE_LR = 600, 1e-3
-LARGEST = 30
-NUM_HELD_OUT, HELD_OUT_EVERY = 512, 10
+LARGEST = 9
+NUM_HELD_OUT = 512
 NAMES = ("Ada", "Ben", "Eva", "Max", "Ida", "Tom", "Zoe", "Leo")
 THINGS = ("apples", "books", "coins", "cards", "shells", "pens")
 # Text and answer of each kind of problem, from operands a, b, c.
@@ -78,20 +78,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def make_problems(arguments: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
-    """Question and answer: enough to train on each once, and held-out ones with operands of their own."""
+    """Question and answer, each once: the held-out ones, and enough to train on."""
     draw = random.Random(arguments.seed)
-    wanted = {"train": arguments.steps * arguments.batch, "held out": NUM_HELD_OUT}
-    made: dict[str, list[tuple[str, str]]] = {name: [] for name in wanted}
-    while any(len(made[name]) < number for name, number in wanted.items()):
+    num_wanted = NUM_HELD_OUT + arguments.steps * arguments.batch
+    made: dict[str, str] = {}
+    while len(made) < num_wanted:
         text, answer = draw.choice(KINDS)
         a, b, c = (draw.randint(2, LARGEST) for _ in range(3))
         x, y = draw.sample(NAMES, 2)
         result = answer(a, b, c)
-        part = "held out" if hash((a, b)) % HELD_OUT_EVERY == 0 else "train"
-        if result >= 0 and len(made[part]) < wanted[part]:
-            numbers = {"a": _spaced(a), "b": _spaced(b), "c": _spaced(c)}
-            made[part].append((text.format(x=x, y=y, things=draw.choice(THINGS), **numbers), f" {_spaced(result)}\n"))
-    return made
+        if result >= 0:
+            made[text.format(x=x, y=y, things=draw.choice(THINGS), a=a, b=b, c=c)] = f" {_spaced(result)}\n"
+    problems = list(made.items())
+    return {"held out": problems[:NUM_HELD_OUT], "train": problems[NUM_HELD_OUT:]}
 
 
 def encode(problems: list[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ _STUDIES = (
         "arithmetic",
         "GaLore+: fine-tuning on word problems",
         "The model is first trained on the text (AdamW, 600 steps), then for {steps} steps on 16 made word problems "
-        "each, none seen twice; 512 held-out ones have operands of their own. *Exact match*: of the whole answer, "
+        "each; none of them, nor of the 512 held-out ones, is met twice. *Exact match*: of the whole answer, "
         "greedy. The loss is of the answers' tokens. Learning rate 2e-3 unless said.",
         steps=600,
         against="galore",
@@ -100,7 +100,8 @@ _STUDIES = (
     Study(
         "classification",
         "GradNormLoRP beside LoRA: telling a line's first word",
-        "A RoBERTa of 4 M parameters, first trained on the text by masked tokens (1,000 steps), then for {steps} steps of "
+        "A RoBERTa of 2.6 M parameters, first trained on the text by masked tokens (1,000 steps), then for {steps} steps "
+        "of "
         "32 lines of Python without their first word, which is one of 12; 2,000 held-out lines are of other files. "
         "Embeddings are frozen, rank 8, LoRA by peft (alpha 16, all linear layers), compiled in the same way.",
         steps=600,
