@@ -100,8 +100,7 @@ _STUDIES = (
     Study(
         "classification",
         "GradNormLoRP beside LoRA: telling a line's first word",
-        "A RoBERTa of 2.6 M parameters, first trained on the text by masked tokens (1,000 steps), then for {steps} steps "
-        "of "
+        "A RoBERTa of 2.6 M parameters, trained on the text by masked tokens (1,000 steps), then for {steps} steps of "
         "32 lines of Python without their first word, which is one of 12; 2,000 held-out lines are of other files. "
         "Embeddings are frozen, rank 8, LoRA by peft (alpha 16, all linear layers), compiled in the same way.",
         steps=600,
