@@ -11,7 +11,7 @@ class PlainGaLore:
     Args:
         projected: weights trained in a subspace of their shorter side.
         full: parameters trained at full rank.
-        rank, gap, scale: GaLore's.
+        rank, gap, scale: GaLore's; without a gap ``bases`` are given from outside.
         lr, betas, eps, weight_decay: AdamW's.
     """
 
@@ -21,7 +21,7 @@ class PlainGaLore:
         full: list[nn.Parameter],
         *,
         rank: int,
-        gap: int,
+        gap: int | None,
         scale: float,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -42,7 +42,7 @@ class PlainGaLore:
             grad = weight.grad
             assert grad is not None
             tall = weight.shape[0] >= weight.shape[1]
-            if self.num_updates % self.gap == 0:
+            if self.gap is not None and self.num_updates % self.gap == 0:
                 left, _, right = torch.linalg.svd(grad, full_matrices=False)
                 self.bases[weight] = right[: self.rank].T if tall else left[:, : self.rank]
             basis = self.bases[weight]

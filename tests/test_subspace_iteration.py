@@ -5,7 +5,8 @@ import torch
 
 import galore_fx
 from galore_fx.runtime.subspace import leading_columns, orthonormalize, sketch_of
-from tests.models import adamw, backward, batches, llama
+from tests.models import adamw, backward, batches, largest_error, llama
+from tests.references import PlainGaLore
 
 PARTS = {"rank": 8, "oversampling": 5, "refresh_gap": 3, "stagger": False}
 
@@ -31,6 +32,24 @@ def test_a_refresh_sketches_the_random_columns_too():
         expected = orthonormalize(leading_columns(sketch, 8))
         torch.testing.assert_close(record.basis @ record.basis.T, expected @ expected.T, atol=1e-3, rtol=0)
     assert len({float(columns[0, 0]) for _, columns in before.values()}) == len(records), "each has its own"
+
+
+def test_galore2_equals_a_plain_loop_in_the_same_bases():
+    model, plain = llama(1), llama(1)
+    galore_fx.compile(model, recipe="galore2", rank=8, refresh_gap=3, optimizer=adamw())
+    records = {record.name: record for record in model.galore_fx.optimizer.records}
+    parameters = dict(plain.named_parameters())
+    others = [p for name, p in parameters.items() if name not in records]
+    reference = PlainGaLore([parameters[name] for name in records], others, rank=8, gap=None, scale=0.25, lr=1e-3)
+    for batch in batches(10):
+        for name, record in records.items():
+            assert record.sketch_columns.shape[1] == 8
+            reference.bases[parameters[name]] = record.basis.clone()
+        train(model, [batch])
+        backward(plain, batch)
+        reference.step()
+    assert largest_error(model, plain) < 1e-4
+    assert model.galore_fx.stats()["num_refreshes"] == 7 * 5
 
 
 @pytest.mark.parametrize("parts", [{}, {"update": "in-backward", "cross_head": "query-key", "project": "input"}])
