@@ -157,11 +157,11 @@ def _one_graph_settings(options: Mapping[str, Any]) -> dict[str, Any]:
             "stagger=True needs galore_fx.compile; with one graph each layer's turn to refresh would compile the whole "
             "model again"
         )
-    if settings.get("refresh_limit") is not None:
-        raise SettingError(
-            f"refresh_limit={settings['refresh_limit']!r} needs galore_fx.compile; with one graph all bases are "
-            "renewed together"
-        )
+    for part in ("refresh_limit", "refresh_limit_bytes", "refresh_limit_s"):
+        if settings.get(part) is not None:
+            raise SettingError(
+                f"{part}={settings[part]!r} needs galore_fx.compile; with one graph all bases are renewed together"
+            )
     return settings
 
 

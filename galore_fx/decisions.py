@@ -11,6 +11,7 @@ from galore_fx.errors import ModelError, SettingError
 from galore_fx.handle import Compiled
 from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer
 from galore_fx.passes.memory_plan.plan_parameters import plan_parameters
+from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
 from galore_fx.passes.model_graph.find_regions import Region, find_regions
 from galore_fx.passes.model_graph.parameter_roles import parameter_roles
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler, Variants
@@ -20,8 +21,9 @@ from galore_fx.recipes import resolve_recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
 from galore_fx.runtime.moment_transfer import check_rotates
+from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshLimits, RefreshQueue
 from galore_fx.sample_trial import check_sample
-from galore_fx.units import parse_bytes
+from galore_fx.units import format_bytes, parse_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +68,6 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         None if budget is None else available_bytes(model, request.device) if budget == "auto" else parse_bytes(budget)
     )
     regions = find_regions(model)
-    limit, gap = resolved.refresh_limit, resolved.refresh_gap
-    if limit is not None and limit * gap < len(regions):
-        raise SettingError(
-            f"refresh_limit={limit} with refresh_gap={gap} renews {limit * gap} blocks in a gap, and the model has "
-            f"{len(regions)}: use refresh_limit={-(-len(regions) // gap)} or more, or refresh_gap="
-            f"{-(-len(regions) // limit)} or more"
-        )
     instance = resolve_optimizer(request.optimizer, model)
     updates = UpdateCompiler(type(instance), instance.defaults, variants, state_bits=resolved.state_bits)
     for group in instance.param_groups:
@@ -95,8 +90,39 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         fixed_bytes=sum(b.nbytes for b in model.buffers())
         + sum(p.nbytes for p in model.parameters() if not p.requires_grad),
     )
+    _check_refreshes(regions, made, resolved)
     made = dataclasses.replace(made, keep_logits=request.keep_logits, micro_batches=micro_batches)
     return Decisions(resolved, regions, instance, updates, made)
+
+
+def refresh_limits(recipe: Recipe) -> RefreshLimits:
+    """What may refresh in one update."""
+    return RefreshLimits(recipe.refresh_limit, recipe.refresh_limit_bytes, recipe.refresh_limit_s)
+
+
+def _check_refreshes(regions: list[Region], plan: Plan, recipe: Recipe) -> None:
+    """Whether every basis can have its turn within the gap.
+
+    Raises:
+        SettingError: names what is too low.
+    """
+    limits = refresh_limits(recipe)
+    costs = refresh_costs(regions, plan.parameters, recipe)
+    given = ("refresh_limit", "refresh_limit_bytes", "refresh_limit_s")
+    told = ", ".join(f"{part}={getattr(recipe, part)!r}" for part in given if getattr(recipe, part) is not None)
+    for index, cost in costs.items():
+        if not limits.allow(1, cost):
+            raise SettingError(
+                f"{told} is less than what the refresh of {regions[index].name or 'the model'} alone takes: "
+                f"{format_bytes(cost.num_bytes)} and {cost.time_s:.3g} s"
+            )
+    schedule = FixedSchedule(recipe.refresh_gap, len(regions), recipe.stagger, num_initial=1)
+    num_updates = RefreshQueue({}, schedule, limits, costs=costs).num_turns(costs)
+    if num_updates > recipe.refresh_gap:
+        raise SettingError(
+            f"{told} with refresh_gap={recipe.refresh_gap}: the {len(costs)} blocks take {num_updates} updates to "
+            f"renew all bases once; allow more in one update, or use refresh_gap={num_updates} or more"
+        )
 
 
 def decide_as_planned(model: nn.Module, plan: Plan, optimizer: OptimizerChoice) -> Decisions:

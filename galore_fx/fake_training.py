@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from galore_fx.decisions import Decisions
+from galore_fx.decisions import Decisions, refresh_limits
 from galore_fx.errors import ModelError
 from galore_fx.installation import InstalledBlocks, install
 from galore_fx.optimizer_build import build_optimizer
 from galore_fx.passes.memory_plan.block_calls import BlockCalls, Call
+from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
 from galore_fx.passes.memory_plan.step_model import PlayedStep, StepModel, played_step
 from galore_fx.passes.memory_plan.storage_counter import StorageCounter
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
@@ -66,12 +67,14 @@ class FakeTraining:
             decisions.recipe,
             refresh_gap=10**9,
             refresh_limit=None,
+            refresh_limit_bytes=None,
+            refresh_limit_s=None,
             residual_warm_up=0,
             iterations=1,
             lotus_threshold=0.0,
             lotus_interval=1,
         )
-        self._refresh_limit = decisions.recipe.refresh_limit
+        self._refresh_limit = _most_refreshes(decisions, played_blocks)
         self._simulator, self._fake, self._counter = simulator, fake, counter
         self._members, self._names = played_blocks.members, played_blocks.names
         self._update_scale = num_elements / sum(p.numel() for p in fake.parameters())
@@ -237,6 +240,13 @@ class FakeTraining:
             count("residuals", times, [t for state in states for k, t in state.items() if is_of_residual(k)])
         count("activations", 1, [*self._args, *self._kwargs.values()])
         return found
+
+
+def _most_refreshes(decisions: Decisions, played: PlayedBlocks) -> int | None:
+    """How many blocks of the whole model may ever refresh together; None for all."""
+    costs = refresh_costs(decisions.regions, decisions.plan.parameters, decisions.recipe)
+    of_all = [costs[block] for block, members in enumerate(played.members) if block in costs for _ in members]
+    return refresh_limits(decisions.recipe).most_layers(of_all)
 
 
 def _watch(fake: nn.Module, blocks: InstalledBlocks, calls: BlockCalls) -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from galore_fx.errors import UsageError
@@ -54,8 +55,10 @@ class Compiled:
         Returns:
             ``projected``: names of the projected parameters; ``rank``: their ranks in force; ``num_updates``,
             ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``; ``refresh_time_s``: seconds
-            spent on new bases; with lazy refresh ``refresh_gap`` and ``stability``: by name, the gaps in force and the
-            last measurement; with cross-head projection ``cross_head``: names of the weights whose heads share a
+            spent on new bases; ``refresh_queue``: the blocks that wait for new bases, the next one first, with the
+            update at which they became due and what their refresh adds to a step; with lazy refresh ``refresh_gap`` and
+            ``stability``: by name, the gaps in force and the last measurement; with cross-head projection
+            ``cross_head``: names of the weights whose heads share a
             basis; with residuals ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all
             gradients of the last deferred step, before clipping, None before it; ``uncompiled``: names of the blocks
             that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
@@ -67,6 +70,7 @@ class Compiled:
             "rank": {record.name: record.rank for record in optimizer.records},
             **vars(optimizer.counters),
             "refresh_time_s": optimizer.refreshes.time_s,
+            "refresh_queue": _waiting(optimizer, self.plan.regions),
             **_lazy_stats(optimizer),
             **_recipe_stats(optimizer, self.plan.recipe),
             "grad_norm": optimizer.grad_norm,
@@ -82,6 +86,14 @@ class Compiled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, ()
+
+
+def _waiting(optimizer: SubspaceOptimizer, blocks: Sequence[str]) -> list[dict[str, Any]]:
+    queue = optimizer.refreshes.queue
+    return [
+        {"block": blocks[layer], "due_since": since, **vars(queue.cost_of(layer))}
+        for layer, since in queue.waiting().items()
+    ]
 
 
 def _lazy_stats(optimizer: SubspaceOptimizer) -> dict[str, Any]:

@@ -42,8 +42,7 @@ def counted_peak(model: nn.Module, sample: object) -> int:
         optimizer.step()
 
     device = next(model.parameters()).device
-    num_blocks, limit = len(compiled.plan.regions), compiled.plan.recipe["refresh_limit"]
-    num_turns = 1 if limit is None else -(-num_blocks // limit)
+    num_turns = _num_turns(optimizer)
     for _ in range(2 * num_turns + 1):  # the first refreshes, and then all has been compiled
         step()
     steady = count_memory(step, device).transient_peak_bytes
@@ -53,6 +52,12 @@ def counted_peak(model: nn.Module, sample: object) -> int:
     optimizer.request_refresh()
     refreshing = [count_memory(step, device).transient_peak_bytes for _ in range(num_turns)]
     return persistent_bytes(model, [*args, *kwargs.values()]) + max(steady, *refreshing)
+
+
+def _num_turns(optimizer: SubspaceOptimizer) -> int:
+    """Updates in which all bases are renewed once."""
+    queue = optimizer.refreshes.queue
+    return max(1, queue.num_turns({queue.layer_of(id(record.weight)) for record in optimizer.records}))
 
 
 def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:

@@ -5,9 +5,10 @@ import dataclasses
 import torch
 from torch import nn
 
-from galore_fx.decisions import Decisions
+from galore_fx.decisions import Decisions, refresh_limits
 from galore_fx.optimizer_choice import OptimizerChoice, retire
 from galore_fx.passes.memory_plan.plan_parameters import check_budget
+from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe
@@ -117,7 +118,8 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         schedule=schedule,
         criterion=_criterion(recipe),
         by_first_vector=recipe.lazy_statistic == "first-vector",
-        refresh_limit=recipe.refresh_limit,
+        limits=refresh_limits(recipe),
+        costs=refresh_costs(decisions.regions, decisions.plan.parameters, recipe),
         exact=exact,
         moments_on_refresh=recipe.moments_on_refresh,
         scale=recipe.scale,

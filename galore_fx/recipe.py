@@ -16,6 +16,7 @@ lazy_limit    the largest gap, in multiples of refresh_gap
 lotus_threshold, lotus_interval  displacement of an update below which a basis is renewed, and how often it is asked
 stagger       spread the refreshes of the layers over the gap
 refresh_limit blocks whose bases may be renewed in the same update; None: all that are due
+refresh_limit_bytes, refresh_limit_s  what their refreshes may add to an update
 residual      drop | sparse | scaled: the part of the gradient outside the subspace; sparse: some entries are trained
               besides; scaled: it is applied as the optimizer scales the rest
 residual_density  share of a weight's entries that are
@@ -89,6 +90,8 @@ class Recipe:
         refresh_limit: blocks whose bases may be renewed in the same update, None for all that are due; the others wait
             their turn. What a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
             alive for so many blocks only.
+        refresh_limit_bytes, refresh_limit_s: the same by what the blocks' refreshes add to a step, in bytes and seconds
+            (passes/memory_plan/refresh_cost.py: an upper bound, and a nominal rate).
         residual: what becomes of the gradient outside the subspace: nothing (GaLore), or some entries of it are kept
             and trained with moments of their own (GaLore+; reconstructed, see runtime/sparse_residual.py), or all of it
             is applied, scaled as the optimizer scales the rest (Fira, Chen et al. 2024, arXiv:2410.01623). The latter
@@ -138,6 +141,8 @@ class Recipe:
     lotus_interval: int = 50
     stagger: bool = True
     refresh_limit: int | None = None
+    refresh_limit_bytes: int | None = None
+    refresh_limit_s: float | None = None
     residual: Residual = "drop"
     residual_density: float = 0.02
     residual_variant: ResidualVariant = "rectified"

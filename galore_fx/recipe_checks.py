@@ -97,6 +97,10 @@ def check_recipe(recipe: Recipe) -> None:
     limit = recipe.refresh_limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SettingError(f"refresh_limit={limit!r} must be an int of at least 1, or None for all that are due")
+    if recipe.refresh_limit_bytes is not None:
+        _check_int("refresh_limit_bytes", recipe.refresh_limit_bytes, 1)
+    if recipe.refresh_limit_s is not None:
+        _check_positive("refresh_limit_s", recipe.refresh_limit_s)
     _check_positive("scale", recipe.scale)
     share = recipe.activation_budget
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.0 <= share <= 1.0:

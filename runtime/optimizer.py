@@ -12,7 +12,7 @@ window on. So the basis is constant inside a window and accumulated gradients ar
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -30,7 +30,7 @@ from galore_fx.runtime.parameter_states import ParameterStates
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of
-from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshQueue
+from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshCost, RefreshLimits, RefreshQueue
 from galore_fx.runtime.residual_training import ResidualTraining
 from galore_fx.runtime.scaled_residual import split_complement
 from galore_fx.runtime.update_protocol import Updates
@@ -51,7 +51,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         schedule: when they are due.
         criterion: the bases' own gaps, or what tells that one has been used up; None where all have the schedule's gap.
         by_first_vector: measure stability by the first vectors of two bases and not by their overlap.
-        refresh_limit: how many regions may refresh in the same update, None for all that are due.
+        limits: of what may refresh in the same update; costs: of each region's refresh.
         exact: exact SVD instead of subspace iteration.
         moments_on_refresh: "keep", "rotate" or "reset": what becomes of a weight's states with a new basis.
         scale: factor of back-projected updates.
@@ -72,7 +72,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         schedule: FixedSchedule,
         criterion: LazyGaps | Displacement | None,
         by_first_vector: bool,
-        refresh_limit: int | None,
+        limits: RefreshLimits,
+        costs: Mapping[int, RefreshCost],
         exact: bool,
         moments_on_refresh: str,
         scale: float,
@@ -91,15 +92,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._records = {id(record.weight): record for record in records}
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
         self._rounding_seed, self._merge = rounding_seed, merge
-        self._moments_on_refresh = moments_on_refresh
-        self._scale = scale
+        self._moments_on_refresh, self._scale = moments_on_refresh, scale
         self._updated: set[int] = set()
         self.observe: Observer = lambda _what, _grad: _NOTHING
         self._watch = GradientWatch()
         self._numbers = {id(p): i for i, p in enumerate(self._parameters())}
         self.refreshes = BasisRefresh(
             self._records,
-            RefreshQueue(self._layers, schedule, refresh_limit, criterion),
+            RefreshQueue(self._layers, schedule, limits, criterion, costs),
             self.counters,
             by_first_vector=by_first_vector,
             observe=lambda what, grad: self.observe(what, grad),
@@ -192,7 +192,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def limit_refreshes(self, limit: int | None) -> None:
         """From the window on that is open now, before its first forward, so many regions refresh in one update."""
-        self.refreshes.queue.limit = limit
+        self.refreshes.queue.limits = dataclasses.replace(self.refreshes.queue.limits, num_layers=limit)
         self.refreshes.set_forms()
 
     def state_dict(self) -> dict[str, Any]:

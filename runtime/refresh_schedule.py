@@ -10,7 +10,8 @@ all, updates 0, 200, 400 refresh.
 
 Lazily, a weight lets turns of its layer pass until its own gap is over, which grows while its subspace stays.
 
-Where more layers are due than may refresh in one update, the others wait, the one that has waited longest comes first.
+Where more layers are due than may refresh in one update, by their number, bytes or seconds, the others wait; the one
+that has waited longest comes first, and none overtakes it.
 """
 
 import copy
@@ -51,6 +52,49 @@ class FixedSchedule:
             return True
         phase = group * self.gap // self.num_groups if self.stagger else 0
         return (num_updates - phase) % self.gap < self.num_iterations
+
+
+@dataclasses.dataclass(frozen=True)
+class RefreshCost:
+    """What renewing the bases of a layer adds to a step.
+
+    Attributes:
+        num_bytes: at its highest.
+        time_s: seconds.
+    """
+
+    num_bytes: int = 0
+    time_s: float = 0.0
+
+    def __add__(self, other: "RefreshCost") -> "RefreshCost":
+        return RefreshCost(self.num_bytes + other.num_bytes, self.time_s + other.time_s)
+
+
+@dataclasses.dataclass(frozen=True)
+class RefreshLimits:
+    """What may refresh in one update, None for no limit.
+
+    Attributes:
+        num_layers: how many layers.
+        num_bytes, time_s: the sum of their costs.
+    """
+
+    num_layers: int | None = None
+    num_bytes: int | None = None
+    time_s: float | None = None
+
+    def most_layers(self, costs: Sequence[RefreshCost]) -> int | None:
+        """How many layers may ever refresh together, where these are their costs; None where all may."""
+        sizes, times = sorted(cost.num_bytes for cost in costs), sorted(cost.time_s for cost in costs)
+        for number in range(len(costs), 1, -1):
+            if self.allow(number, RefreshCost(sum(sizes[:number]), sum(times[:number]))):
+                return None if number == len(costs) else number
+        return None if len(costs) <= 1 else 1
+
+    def allow(self, num_layers: int, cost: RefreshCost) -> bool:
+        """Whether so many layers of this cost may refresh together."""
+        limits = ((num_layers, self.num_layers), (cost.num_bytes, self.num_bytes), (cost.time_s, self.time_s))
+        return all(limit is None or value <= limit for value, limit in limits)
 
 
 @dataclasses.dataclass
@@ -100,32 +144,34 @@ class LazyGaps:
 class RefreshQueue:
     """The weights whose bases are due, and whose turn it is.
 
-    Deterministic, and none waits for ever: a layer that is due has its turn within (number of layers / limit) updates,
-    rounded up.
+    Earliest deadline first, and deterministic. None waits for ever: each update serves the layer that has waited
+    longest, and as many behind it, in order, as the limits allow; a layer that is alone has its turn whatever it costs.
 
     Attributes:
         due_since: the update at which each weight became due that waits.
-        limit: how many layers may refresh in the same update; None: all that are due.
+        limits: of what may refresh in the same update.
         criterion: the weights' own gaps, or what tells that a subspace has been used up; None where all have the gap of
             the schedule.
 
     Args:
         layers: the layer of each weight, by a key of the caller's. The weights of a layer refresh together.
         schedule: when a layer is due.
-        limit, criterion: the same.
+        limits, criterion: the same.
+        costs: of each layer; nothing where a layer has none.
     """
 
     def __init__(
         self,
         layers: Mapping[int, int],
         schedule: FixedSchedule,
-        limit: int | None,
+        limits: RefreshLimits,
         criterion: LazyGaps | Displacement | None = None,
+        costs: Mapping[int, RefreshCost] | None = None,
     ) -> None:
         self.due_since: dict[int, int] = {}
-        self.limit = limit
+        self.limits = limits
         self.criterion = criterion
-        self._layers, self._schedule = layers, schedule
+        self._layers, self._schedule, self._costs = layers, schedule, costs or {}
 
     def admit(self, num_updates: int) -> None:
         """Lets those wait that are due in the update that follows ``num_updates`` done ones."""
@@ -151,11 +197,36 @@ class RefreshQueue:
 
     def layers_in_turn(self) -> set[int]:
         """Their layers."""
+        chosen: set[int] = set()
+        total = RefreshCost()
+        for layer in self.waiting():
+            total += self.cost_of(layer)
+            if chosen and not self.limits.allow(len(chosen) + 1, total):
+                break
+            chosen.add(layer)
+        return chosen
+
+    def num_turns(self, layers: Iterable[int]) -> int:
+        """Updates that these layers take to refresh once, all being due now."""
+        turns = number = 0
+        total = RefreshCost()
+        for layer in sorted(layers):
+            number, total = number + 1, total + self.cost_of(layer)
+            if turns == 0 or not self.limits.allow(number, total):
+                turns, number, total = turns + 1, 1, self.cost_of(layer)
+        return turns
+
+    def cost_of(self, layer: int) -> RefreshCost:
+        """What its refresh adds to a step."""
+        return self._costs.get(layer, RefreshCost())
+
+    def waiting(self) -> dict[int, int]:
+        """The layers that are due and since which update, the one that has waited longest first."""
         waiting: dict[int, int] = {}
         for key, since in self.due_since.items():
             layer = self._layers[key]
             waiting[layer] = min(since, waiting.get(layer, since))
-        return set(sorted(waiting, key=lambda layer: (waiting[layer], layer))[: self.limit])
+        return {layer: waiting[layer] for layer in sorted(waiting, key=lambda layer: (waiting[layer], layer))}
 
     def layer_of(self, key: int) -> int:
         """The layer of a weight."""

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 
 import galore_fx
-from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshQueue
+from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshLimits, RefreshQueue
 from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis, project, random_basis, sketch_of
 from tests.models import adamw, backward, batches, llama
@@ -72,7 +72,7 @@ def test_gaps_double_on_a_stable_mean_and_never_exceed_their_limit(values, base,
 def run(stable, num_updates=200, gap=5, queue_size=2, largest=8, limit=None):
     """The updates in which each of two weights of one layer refreshes; ``stable`` says which of them stays."""
     schedule = FixedSchedule(gap, 1, stagger=False, num_initial=1)
-    queue = RefreshQueue({0: 0, 1: 0}, schedule, limit, LazyGaps(gap, 0.5, queue_size, largest))
+    queue = RefreshQueue({0: 0, 1: 0}, schedule, RefreshLimits(limit), LazyGaps(gap, 0.5, queue_size, largest))
     times = {0: [], 1: []}
     for update in range(num_updates):
         queue.admit(update)

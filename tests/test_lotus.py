@@ -7,7 +7,7 @@ import torch
 
 import galore_fx
 from galore_fx.runtime.displacement import Displacement
-from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
+from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshLimits, RefreshQueue
 from tests.models import adamw, backward, batches, largest_error, llama
 from tests.references import PlainLotus
 
@@ -43,7 +43,9 @@ def test_no_basis_outlives_two_by_the_threshold():
 
 
 def test_after_the_first_updates_only_the_criterion_makes_a_weight_due():
-    queue = RefreshQueue({0: 0, 1: 0}, FixedSchedule(3, 1, stagger=False, num_initial=2), None, Displacement(0.1, 4))
+    queue = RefreshQueue(
+        {0: 0, 1: 0}, FixedSchedule(3, 1, stagger=False, num_initial=2), RefreshLimits(), Displacement(0.1, 4)
+    )
     turns = []
     for update in range(12):
         queue.admit(update)

@@ -120,7 +120,7 @@ def test_refreshes_are_spread_before_the_rank_is_lowered():
     plan = galore_fx.plan(small(5), budget=peaks[0], **wanted)
     assert plan.recipe["refresh_limit"] == 2 and plan.within_budget and "at most 2 blocks" in plan.table()
     assert galore_fx.plan(small(5), budget=peaks[0] - 1, **wanted).recipe["refresh_limit"] == 1
-    with pytest.raises(galore_fx.SettingError, match="refresh_limit=1 with refresh_gap=3 renews 3 blocks"):
+    with pytest.raises(galore_fx.SettingError, match="refresh_limit=1 with refresh_gap=3: the 5 blocks take 5 updates"):
         galore_fx.plan(small(5), refresh_limit=1, refresh_gap=3)
 
 

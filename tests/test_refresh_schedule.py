@@ -4,7 +4,13 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshQueue
+import galore_fx
+from galore_fx.measurement import counted_peak
+from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
+from galore_fx.passes.model_graph.find_regions import find_regions
+from galore_fx.recipe import Recipe
+from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshCost, RefreshLimits, RefreshQueue
+from tests.models import adamw, batches, llama
 
 
 def _due(schedule, updates):
@@ -42,17 +48,27 @@ def test_a_refresh_of_several_iterations_takes_so_many_updates_in_a_row():
 @settings(suppress_health_check=[HealthCheck.too_slow])  # drawing waits where the machine is shared
 @given(
     num_layers=st.integers(1, 9),
-    limit=st.integers(1, 4),
+    limits=st.builds(
+        RefreshLimits,
+        num_layers=st.none() | st.integers(1, 4),
+        num_bytes=st.none() | st.integers(5, 30),
+        time_s=st.none() | st.integers(5, 30),
+    ),
+    sizes=st.lists(st.integers(0, 9), min_size=9, max_size=9),
+    times=st.lists(st.integers(0, 9), min_size=9, max_size=9),
     gap=st.integers(1, 12),
     stagger=st.booleans(),
     failing=st.sets(st.integers(0, 8)),
 )
-def test_a_queue_keeps_its_limit_starves_none_and_repeats_itself(num_layers, limit, gap, stagger, failing):
+def test_a_queue_keeps_its_limits_starves_none_and_repeats_itself(
+    num_layers, limits, sizes, times, gap, stagger, failing
+):
+    costs = {layer: RefreshCost(sizes[layer], times[layer]) for layer in range(num_layers)}
     layers = {key: key // 2 for key in range(2 * num_layers)}  # two weights in each
     schedule = FixedSchedule(gap, num_layers, stagger, 1)
 
     def run():
-        queue, turns = RefreshQueue(layers, schedule, limit), []
+        queue, turns = RefreshQueue(layers, schedule, limits, costs=costs), []
         for update in range(40):
             queue.admit(update)
             turns.append(queue.turn())
@@ -63,10 +79,49 @@ def test_a_queue_keeps_its_limit_starves_none_and_repeats_itself(num_layers, lim
     turns = run()
     assert turns == run()
     served = [{layers[key] for key in turn} for turn in turns]
-    assert max(map(len, served)) <= limit
-    longest = max(gap, -(-num_layers // limit))
+    for turn in served:
+        whole = sum((costs[layer] for layer in turn), RefreshCost())
+        assert len(turn) <= 1 or limits.allow(len(turn), whole)
+    # Each update serves the head of the queue, so that none waits longer than the others take in turn.
+    once = RefreshQueue(layers, schedule, limits, costs=costs).num_turns(costs)
+    assert once <= num_layers
     for layer in range(num_layers):
-        times = [update for update, turn in enumerate(served) if layer in turn]
-        assert times and times[0] < -(-num_layers // limit)
-        assert all(b - a <= 2 * longest for a, b in zip(times, times[1:], strict=False))
-        assert all({2 * layer, 2 * layer + 1} <= turns[update] for update in times), "a layer refreshes as a whole"
+        at = [update for update, turn in enumerate(served) if layer in turn]
+        assert at and at[0] < once
+        assert all(b - a <= 2 * max(gap, num_layers) for a, b in zip(at, at[1:], strict=False))
+        assert all({2 * layer, 2 * layer + 1} <= turns[update] for update in at), "a layer refreshes as a whole"
+
+
+def test_as_many_layers_as_the_costs_allow():
+    costs = [RefreshCost(size, 1.0) for size in (5, 2, 3, 9)]
+    assert RefreshLimits().most_layers(costs) is None
+    assert RefreshLimits(num_bytes=19).most_layers(costs) is None
+    assert RefreshLimits(num_bytes=10).most_layers(costs) == 3
+    assert RefreshLimits(num_bytes=10, time_s=2.5).most_layers(costs) == 2
+    assert RefreshLimits(num_layers=1, num_bytes=10).most_layers(costs) == 1
+    queue = RefreshQueue({}, FixedSchedule(1, 4, False, 1), RefreshLimits(num_bytes=10), costs=dict(enumerate(costs)))
+    assert queue.num_turns(range(4)) == 2, "5 + 2 + 3, then 9: none overtakes"
+
+
+def test_a_refresh_that_exceeds_a_limit_alone_or_a_gap_too_short_is_refused():
+    with pytest.raises(galore_fx.SettingError, match=r"refresh_limit_bytes=1000 is less than .* model.layers.0 alone"):
+        galore_fx.plan(llama(2), recipe="galore", refresh_limit_bytes=1000)
+    with pytest.raises(galore_fx.SettingError, match="the 4 blocks take 4 updates to renew all bases once"):
+        galore_fx.plan(llama(4), recipe="galore", refresh_limit=1, refresh_gap=3)
+    with pytest.raises(galore_fx.SettingError, match="refresh_limit_s=-1 must be a finite number above 0"):
+        galore_fx.plan(llama(2), refresh_limit_s=-1)
+
+
+def test_bytes_limit_what_refreshes_and_no_step_exceeds_the_plan():
+    ids = batches(1, 3, 32)[0]
+    sample = {"input_ids": ids, "labels": ids}
+    wanted = {"recipe": "galore", "optimizer": adamw(), "sample": sample, "refresh_gap": 10}
+    loose = galore_fx.plan(llama(3), **wanted)
+    costs = refresh_costs(find_regions(llama(3)), loose.parameters, Recipe(**loose.recipe))
+    tight = galore_fx.plan(llama(3), refresh_limit_bytes=2 * costs[0].num_bytes, **wanted)
+    assert tight.peak_bytes < loose.peak_bytes
+    model = galore_fx.compile(llama(3), plan=tight, optimizer=adamw())
+    queue = model.galore_fx.stats()["refresh_queue"]
+    assert [entry["block"] for entry in queue] == [f"model.layers.{i}" for i in range(3)]
+    assert queue[0] == {"block": "model.layers.0", "due_since": 0, **vars(costs[0])}
+    assert counted_peak(model, sample) - tight.peak_bytes in (0, 28)
