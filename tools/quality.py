@@ -20,6 +20,7 @@ from typing import Any
 import arithmetic
 import bench
 import classify
+import peers
 import torch
 import train
 from quality_studies import STUDIES, Study
@@ -74,6 +75,8 @@ def _run(study: Study, name: str, out: Path) -> None:
             main = {"arithmetic": arithmetic.main, "classify": classify.main}[study.script]
             command = ["--base", str(out / f"{study.script}-base"), "--steps", str(study.steps)]
             figures = main([*command, *study.variants[name]])
+        elif study.variants[name][0] in peers.PEERS:
+            figures = peers.main([*study.variants[name], "--steps", str(study.steps)])
         else:
             command = ["--out", str(folder), "--steps", str(study.steps), *study.variants[name]]
             checkpoint = folder / "checkpoint.pt"

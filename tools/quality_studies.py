@@ -5,6 +5,8 @@ import dataclasses
 _GAP = ["--refresh-gap", "25"]
 _LAZY = ["--recipe", "q-galore", *_GAP]
 _PLUS = ["--recipe", "galore+"]
+_MERGED = ["--recipe", "gradnormlorp", "--rank", "0.25", "--refresh-gap", "50", "--part", "merge_factors=true"]
+_SMALL = ["--model", "tools/llama-3m.json"]
 _DROP, _NO_HEADS = ["--part", "residual=drop"], ["--part", "cross_head=null"]
 
 
@@ -18,7 +20,7 @@ class Study:
         steps: of each run.
         against: the variant whose loss the others' is compared with.
         variants: name and arguments of each run.
-        script: of ``tools/`` that trains them: train, arithmetic or classify.
+        script: of ``tools/`` that trains them: train (peers where the first argument is one), arithmetic or classify.
     """
 
     name: str
@@ -114,6 +116,35 @@ _STUDIES = (
                 ("gradnormlorp, one side", "gradnormlorp", ["--part", "sides=one"]),
             )
             for lr in ("1e-3", "3e-3", "1e-2")
+        },
+    ),
+    Study(
+        "recipes",
+        "All recipes on one text",
+        "A Llama of 3 M parameters (tools/llama-3m.json) from random weights, {steps} steps of 8 x 64 tokens, seed 0 where "
+        "none is said. Peers: LoRA by peft (rank 16, embedding and head trained in full), galore-torch.",
+        steps=600,
+        against="adamw, lr 2e-3",
+        variants={
+            title: [*parts, *_SMALL]
+            for title, parts in {
+                "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
+                "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
+                "adamw, lr 4e-3": ["--recipe", "full", "--lr", "4e-3"],
+                "auto": [],
+                "galore": ["--recipe", "galore"],
+                "galore2": ["--recipe", "galore2"],
+                "galore+": _PLUS,
+                "q-galore": ["--recipe", "q-galore"],
+                "lotus": ["--recipe", "lotus"],
+                "fira": ["--recipe", "fira"],
+                "gradnormlorp, merged": _MERGED,
+                "gradnormlorp": ["--recipe", "gradnormlorp", "--rank", "0.25"],
+                "random bases, gap 200": ["--recipe", "galore", "--part", "basis=random"],
+                "LoRA, lr 2e-3": ["lora", "--lr", "2e-3"],
+                "LoRA, lr 6e-3": ["lora", "--lr", "6e-3"],
+                "galore-torch": ["galore_torch"],
+            }.items()
         },
     ),
 )
