@@ -121,8 +121,8 @@ _STUDIES = (
     Study(
         "recipes",
         "All recipes on one text",
-        "A Llama of 3 M parameters (tools/llama-3m.json) from random weights, {steps} steps of 8 x 64 tokens, seed 0 where "
-        "none is said. Peers: LoRA by peft (rank 16, embedding and head trained in full), galore-torch.",
+        "A Llama of 3 M parameters (tools/llama-3m.json) from random weights, {steps} steps of 8 x 64 tokens, "
+        "seed 0 where none is said. Peers: LoRA by peft (rank 16, embedding and head trained in full), galore-torch.",
         steps=600,
         against="adamw, lr 2e-3",
         variants={
