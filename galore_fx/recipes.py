@@ -26,8 +26,15 @@ RECIPES = {
     ),
     "full": Recipe("full", projects=False),
     # Reconstructed: Liao et al. 2024, arXiv:2412.19820. Cross-head bases of queries and keys, subspace iteration and
-    # sparse residuals are the paper's; the gap and the density are ours (docs/architecture.md).
-    "galore+": Recipe("galore+", project="input", cross_head="query-key", residual="sparse", refresh_gap=20),
+    # sparse residuals are the paper's; gap, density and the rotation of the moments are ours (docs/quality.md).
+    "galore+": Recipe(
+        "galore+",
+        project="input",
+        cross_head="query-key",
+        residual="sparse",
+        refresh_gap=20,
+        moments_on_refresh="rotate",
+    ),
     # Su et al. 2025, arXiv:2504.20437: GaLore with randomized refreshes; on one device. How many columns it has besides
     # the rank is not known; here its sketch starts from the old basis.
     "galore2": Recipe("galore2", oversampling=8, refresh_gap=200, stagger=False),

@@ -7,6 +7,7 @@ _LAZY = ["--recipe", "q-galore", *_GAP]
 _PLUS = ["--recipe", "galore+"]
 _MERGED = ["--recipe", "gradnormlorp", "--rank", "0.25", "--refresh-gap", "50", "--part", "merge_factors=true"]
 _SMALL = ["--model", "tools/llama-3m.json"]
+_KEEP = ["--part", "moments_on_refresh=keep"]
 _DROP, _NO_HEADS = ["--part", "residual=drop"], ["--part", "cross_head=null"]
 
 
@@ -64,18 +65,21 @@ _STUDIES = (
             "adamw, lr 5e-4": ["--recipe", "full", "--lr", "5e-4"],
             "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
             "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
-            "galore": ["--recipe", "galore", "--refresh-gap", "20"],
-            "galore, gap 200": ["--recipe", "galore"],
-            "no residual, one basis a weight": [*_PLUS, *_DROP, *_NO_HEADS],
-            "no residual": [*_PLUS, *_DROP],
+            "galore": ["--recipe", "galore"],
+            "galore, gap 20": ["--recipe", "galore", "--refresh-gap", "20"],
             "galore+ (density 0.02)": _PLUS,
+            "no residual": [*_PLUS, *_DROP],
             "density 0.06": [*_PLUS, *_density(0.06)],
             "density 0.02, one basis a weight": [*_PLUS, *_NO_HEADS],
-            "density 0.02, moments rotated": [*_PLUS, "--part", "moments_on_refresh=rotate"],
+            "no residual, one basis a weight": [*_PLUS, *_DROP, *_NO_HEADS],
             "density 0.02, additive": [*_PLUS, "--part", "residual_variant=additive"],
-            "no residual, one basis a weight, gap 5": [*_PLUS, *_DROP, *_NO_HEADS, "--refresh-gap", "5"],
-            "no residual, one basis a weight, gap 50": [*_PLUS, *_DROP, *_NO_HEADS, "--refresh-gap", "50"],
-            "no residual, one basis a weight, gap 200": [*_PLUS, *_DROP, *_NO_HEADS, "--refresh-gap", "200"],
+            "density 0.02, moments kept": [*_PLUS, *_KEEP],
+            "no residual, moments kept": [*_PLUS, *_DROP, *_KEEP],
+            "density 0.06, moments kept": [*_PLUS, *_density(0.06), *_KEEP],
+            "no residual, one basis a weight, moments kept": [*_PLUS, *_DROP, *_NO_HEADS, *_KEEP],
+            "density 0.02, gap 5": [*_PLUS, "--refresh-gap", "5"],
+            "density 0.02, gap 50": [*_PLUS, "--refresh-gap", "50"],
+            "density 0.02, gap 200": [*_PLUS, "--refresh-gap", "200"],
         },
     ),
     Study(
@@ -89,12 +93,13 @@ _STUDIES = (
         script="arithmetic",
         variants={
             "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
-            "galore": ["--recipe", "galore", "--part", "refresh_gap=20"],
-            "no residual, one basis a weight": [*_PLUS, *_DROP, *_NO_HEADS],
-            "no residual": [*_PLUS, *_DROP],
+            "galore": ["--recipe", "galore"],
+            "galore, gap 20": ["--recipe", "galore", "--part", "refresh_gap=20"],
             "galore+ (density 0.02)": _PLUS,
+            "no residual": [*_PLUS, *_DROP],
             "density 0.06": [*_PLUS, *_density(0.06)],
             "density 0.02, one basis a weight": [*_PLUS, *_NO_HEADS],
+            "density 0.02, moments kept": [*_PLUS, *_KEEP],
             "adamw, lr 5e-4": ["--recipe", "full", "--lr", "5e-4"],
             "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
         },
