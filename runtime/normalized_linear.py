@@ -98,7 +98,23 @@ class NormalizedLinear(nn.Module):
         norm = "column" if self.by_column else "row"
         return f"in_features={n}, out_features={m}, rank={self.factor_in.shape[0]}, a norm for each {norm}"
 
+    def train(self, mode: bool = True) -> "NormalizedLinear":
+        """As ``nn.Module.train``; what evaluation has kept is forgotten."""
+        vars(self).pop("_kept_factor", None)
+        super().train(mode)
+        return self
+
     def _factor(self) -> Tensor:
+        """M / ||V||, (m,) or (n,); in evaluation kept until a part of it changes, since a token costs less than it."""
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._new_factor()
+        versions = tuple(getattr(self, name)._version for name in _PARTS)
+        kept = vars(self).get("_kept_factor")
+        if kept is None or kept[0] != versions:
+            kept = vars(self)["_kept_factor"] = (versions, self._new_factor())
+        return kept[1]
+
+    def _new_factor(self) -> Tensor:
         # A row of zeros stays one.
         return self.magnitude / self.square_norms().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
@@ -172,6 +188,7 @@ def restore(layer: "NormalizedLinear", plain: type[nn.Module], weight: nn.Parame
     del layer._buffers["base_norms"]
     for name in ("in_first", "by_column", "scale"):
         del own[name]
+    own.pop("_kept_factor", None)
     layer.__class__ = plain  # type: ignore[assignment]
     layer._parameters["weight"] = weight
 

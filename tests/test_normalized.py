@@ -171,6 +171,21 @@ def test_the_peak_is_predicted_and_the_optimizer_keeps_little():
     assert set(states.values()) == {2 * 4 * 4 * 4 + 4}, "two moments of 4 x 4, whatever the weight's shape"
 
 
+def test_evaluation_keeps_the_norms_until_a_parameter_changes():
+    made, x = layer(dtype=torch.float32).eval(), torch.randn(2, 5)
+    with torch.no_grad():
+        first = made(x)
+        made.base_norms.data.zero_()  # would be seen in new norms
+        assert torch.equal(made(x), first)
+        made.base_norms.data.copy_(made.base_weight.square().sum(1))
+        for part in ("factor_out", "factor_in", "magnitude"):
+            getattr(made, part).mul_(1.5)
+            torch.testing.assert_close(made(x), x @ made.weight.T + made.bias)
+            torch.testing.assert_close(made(x), made.train()(x))
+            made.eval()
+    assert made(x).requires_grad
+
+
 def test_neither_the_weight_nor_its_gradient_is_formed(graphs):  # noqa: F811
     model = galore_fx.compile(llama(num_layers=1, num_key_value_heads=2), optimizer=adamw(), **PARTS)
     shapes = {tuple(m.base_weight.shape) for m in model.modules() if isinstance(m, NormalizedLinear)}
