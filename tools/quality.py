@@ -131,9 +131,10 @@ def _range(stability: dict[str, float] | None) -> str:
 
 _TEXT = """# What the parts of a recipe cost
 
-Written by `python tools/quality.py` with torch {torch}: the main job's Llama of 10 M parameters, the same seed and the
-same tokens for all variants of a study. Loss in nats per token on held-out text. Peak: counted, of one step, with an
-update in `step()`. Commands and commits of the runs are in [quality.jsonl](../tools/results/quality.jsonl).
+Written by `python tools/quality.py` with torch {torch}. Where a study names no other model it is the main job's Llama
+of 10 M parameters on its text; the same seed and the same tokens for all variants of a study. Loss in nats per token on
+held-out text. Peak: counted, of one step, with an update in `step()`. Commands and commits of the runs are in
+[quality.jsonl](../tools/results/quality.jsonl).
 
 """
 
