@@ -122,7 +122,8 @@ def _is_open(request: Request, part: str) -> bool:
 
 
 def _refreshing_in_turns(chosen: Decisions, search: PolicySearch, request: Request) -> list[Decisions]:
-    if not chosen.recipe.projects:
+    recipe = chosen.recipe
+    if not recipe.projects or recipe.iterations > 1 or recipe.merge_factors:
         return []
     shares = ACTIVATION_BUDGETS if _is_open(request, "activation_budget") else chosen.plan.activation_policy[:1]
     plan = search.best_of_limited(shares)

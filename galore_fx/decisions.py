@@ -21,6 +21,7 @@ from galore_fx.recipes import resolve_recipe
 from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
 from galore_fx.runtime.moment_transfer import check_rotates
+from galore_fx.runtime.normalized_linear import trained_parts
 from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshLimits, RefreshQueue
 from galore_fx.sample_trial import check_sample
 from galore_fx.units import format_bytes, parse_bytes
@@ -68,6 +69,11 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         None if budget is None else available_bytes(model, request.device) if budget == "auto" else parse_bytes(budget)
     )
     regions = find_regions(model)
+    if resolved.weight_norm is None and trained_parts(model):
+        raise ModelError(
+            "the model's layers are normalised (a copy of one compiled with weight_norm); compile it with weight_norm, "
+            "or load what its save_pretrained has written into a plain model"
+        )
     instance = resolve_optimizer(request.optimizer, model)
     updates = UpdateCompiler(type(instance), instance.defaults, variants, state_bits=resolved.state_bits)
     for group in instance.param_groups:

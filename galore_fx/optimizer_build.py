@@ -75,7 +75,6 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
             basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
         record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
         record.shared_roles = frozenset((decisions.recipe.cross_head or "").split("-")) - {""}
-        projected_shape = dim.projected_shape((entry.shape[0], entry.shape[1]), entry.rank)
         if decisions.recipe.oversampling:
             record.oversample(min(decisions.recipe.oversampling, shape[0] - entry.rank))
         record.is_random = decisions.recipe.basis == "random"
@@ -85,7 +84,7 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
                 right = random_basis((entry.shape[1], entry.rank), generator)
                 record.project_both_sides(right.to(weight.device, weight.dtype))
         if decisions.recipe.refresh == "lotus":
-            record.first_direction = torch.zeros(projected_shape, dtype=record.leaf.dtype, device=weight.device)
+            record.first_direction = torch.zeros(record.leaf.shape, dtype=record.leaf.dtype, device=weight.device)
         if decisions.recipe.residual == "scaled":
             record.complement_norm = torch.zeros((), device=weight.device)
         if decisions.recipe.residual == "sparse":

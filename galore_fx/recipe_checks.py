@@ -94,6 +94,8 @@ def check_recipe(recipe: Recipe) -> None:
         _check_scaled(recipe)
     if recipe.weight_norm is not None:
         _check_normalized(recipe)
+    elif recipe.merge_factors:
+        raise SettingError("merge_factors=True merges the factors of normalised weights; give weight_norm='row', too")
     limit = recipe.refresh_limit
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise SettingError(f"refresh_limit={limit!r} must be an int of at least 1, or None for all that are due")
@@ -132,6 +134,14 @@ def _check_subspace(recipe: Recipe) -> None:
         raise SettingError(
             f"iterations={recipe.iterations} are updates in a row that follow from a fixed gap; with refresh="
             f"{recipe.refresh!r} use 1"
+        )
+    limits = ("refresh_limit", "refresh_limit_bytes", "refresh_limit_s")
+    given = [part for part in limits if getattr(recipe, part) is not None]
+    if given and (recipe.iterations > 1 or recipe.merge_factors):
+        several = f"iterations={recipe.iterations}" if recipe.iterations > 1 else "merge_factors=True"
+        raise SettingError(
+            f"{several} renews a basis in several updates in a row, which {given[0]}={getattr(recipe, given[0])!r} may "
+            f"break up; use {given[0]}=None"
         )
     if recipe.iterations > recipe.refresh_gap:
         raise SettingError(

@@ -110,7 +110,7 @@ class BasisRefresh:
                 lambda: new_basis(record, grad),
                 lambda new: gradient_overlap(grad, record.basis, new, record.dim),
             )
-        if record.refresh_form is GradientForm.SKETCHED and is_due:
+        if record.refresh_form is GradientForm.SKETCHED and is_due and not record.is_random:
             extra = [record.sketch_columns] if record.sketch_columns is not None else []
             start = torch.cat([record.basis, *extra], dim=1) if extra else record.basis
             self._sketches.setdefault(key, sketch_of(grad, start, record.dim))

@@ -260,6 +260,13 @@ class PlainSave(_StandIn):
 
     method = "save_pretrained"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model holds such weights, too."""
+        return PlainSave(memo[id(self.module)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlainSave, (self.module,)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' ``save_pretrained``; the state given, or else the model's, is made ordinary first."""
         given = self.__signature__.bind(*args, **kwargs)

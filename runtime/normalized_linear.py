@@ -26,6 +26,8 @@ from torch.nn import functional
 FACTORS = ("factor_out", "factor_in")
 TRAINED = (*FACTORS, "magnitude")
 _PARTS = (*TRAINED, "base_weight", "base_norms")
+# Rows of a weight that are merged at once.
+_MERGED_ROWS = 1024
 
 
 class NormalizedLinear(nn.Module):
@@ -54,79 +56,80 @@ class NormalizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y, (..., m), from X, (..., n)."""
-        base = self._out_in()
-        factor = self._factor().to(x.dtype)
+        factor = self._factor({name: getattr(self, name) for name in _PARTS})
         if self.by_column:
-            x = x * factor
-        y = functional.linear(x, base) + self.scale * functional.linear(
+            x = x * factor.to(x.dtype)
+        y = functional.linear(x, self._out_in(self.base_weight)) + self.scale * functional.linear(
             functional.linear(x, self.factor_in), self.factor_out
         )
+        bias = None if self.bias is None else self.bias.to(y.dtype)
         if self.by_column:
-            return y if self.bias is None else y + self.bias
-        magnified: Tensor = _Magnified.apply(y, factor, self.bias)
+            return y if bias is None else y + bias
+        magnified: Tensor = _Magnified.apply(y, factor.to(y.dtype), bias)
         return magnified
 
     @property
     def weight(self) -> Tensor:
         """W as it is now, stored as the layer's own weight was; formed anew, for whoever reads it besides the layer."""
-        return merged_weight(
-            self._out_in(), self.factor_out, self.factor_in, self._factor(), self.scale, self.by_column, self.in_first
-        )
+        return self.merged({name: getattr(self, name) for name in _PARTS})
 
-    def square_norms(self) -> Tensor:
-        """||V||^2 of the rows or columns, float32 at least."""
-        base, out, in_ = self._out_in(), self.factor_out, self.factor_in
+    def merged(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """W as its layer stores it, of the layer's own parts or of others of these names and shapes."""
+        base, factor = self._out_in(parts["base_weight"]), self._factor(parts)
+        direction = torch.addmm(base, parts["factor_out"], parts["factor_in"], alpha=self.scale)
+        weight = direction * (factor if self.by_column else factor[:, None]).to(direction.dtype)
+        return weight.T.contiguous() if self.in_first else weight
+
+    def square_norms(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """||V||^2 of the rows or columns, float32 at least, whatever autocast says."""
+        base, out, in_ = self._out_in(parts["base_weight"]), parts["factor_out"], parts["factor_in"]
         if self.by_column:
             base, out, in_ = base.T, in_.T, out.T
-        low = functional.linear(base, in_).to(self.base_norms.dtype)
-        out, in_ = out.to(low.dtype), in_.to(low.dtype)
-        cross, own = (low * out).sum(1), ((out @ (in_ @ in_.T)) * out).sum(1)
-        return self.base_norms + 2 * self.scale * cross + self.scale**2 * own
+        kind = base.device.type if torch.amp.is_autocast_available(base.device.type) else "cpu"
+        with torch.autocast(kind, enabled=False):
+            low = functional.linear(base, in_).to(parts["base_norms"].dtype)
+            out, in_ = out.to(low.dtype), in_.to(low.dtype)
+            cross, own = (low * out).sum(1), ((out @ (in_ @ in_.T)) * out).sum(1)
+        return parts["base_norms"] + 2 * self.scale * cross + self.scale**2 * own
 
     @torch.no_grad()
     def merge_(self, generator: torch.Generator) -> None:
-        """Adds s I J to the frozen weight and starts with new factors; W stays what it is, but for rounding."""
-        base = self._out_in()
-        base.addmm_(self.factor_out, self.factor_in, alpha=self.scale)
+        """Adds s I J to the frozen weight and starts with new factors; W stays what it is, but for rounding.
+
+        In bfloat16 the sum is rounded stochastically, since changes below its precision would else be lost.
+
+        Args:
+            generator: of the new J, on the CPU.
+        """
+        base = self._out_in(self.base_weight)
+        for begin in range(0, base.shape[0], _MERGED_ROWS):
+            rows = slice(begin, begin + _MERGED_ROWS)
+            _add_(base[rows], self.factor_out[rows], self.factor_in, self.scale, generator)
         self.base_norms.copy_(_square_norms(base, self.by_column))
         self.factor_out.zero_()
         self.factor_in.copy_(new_factor_in(self.factor_in.shape, generator))
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
-        m, n = self._out_in().shape
+        m, n = self._out_in(self.base_weight).shape
         norm = "column" if self.by_column else "row"
         return f"in_features={n}, out_features={m}, rank={self.factor_in.shape[0]}, a norm for each {norm}"
 
-    def train(self, mode: bool = True) -> "NormalizedLinear":
-        """As ``nn.Module.train``; what evaluation has kept is forgotten."""
-        vars(self).pop("_kept_factor", None)
-        super().train(mode)
-        return self
+    def _factor(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """M / ||V||, (m,) or (n,); of a row of zeros M, whatever it is divided by, is one."""
+        norms = self.square_norms(parts).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return parts["magnitude"] / norms
 
-    def _factor(self) -> Tensor:
-        """M / ||V||, (m,) or (n,); in evaluation kept until a part of it changes, since a token costs less than it."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._new_factor()
-        versions = tuple(getattr(self, name)._version for name in _PARTS)
-        kept = vars(self).get("_kept_factor")
-        if kept is None or kept[0] != versions:
-            kept = vars(self)["_kept_factor"] = (versions, self._new_factor())
-        return kept[1]
-
-    def _new_factor(self) -> Tensor:
-        # A row of zeros stays one.
-        return self.magnitude / self.square_norms().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-
-    def _out_in(self) -> Tensor:
-        return self.base_weight.T if self.in_first else self.base_weight
+    def _out_in(self, weight: Tensor) -> Tensor:
+        return weight.T if self.in_first else weight
 
 
 class _Magnified(torch.autograd.Function):
     """``Z = Y f + b`` whose backward reads Z and not Y.
 
     The gradient of f, sum over tokens of dZ (Z - b) / f, needs no activation besides Z, which most readers of a linear
-    layer's output keep anyway: an activation function its input, attention its queries, keys and values.
+    layer's output keep anyway: an activation function its input, attention its queries, keys and values. Where b is
+    much larger than Y f, some of its digits are lost in 16 bits; a row of zeros with a bias gets none.
     """
 
     @staticmethod
@@ -152,8 +155,8 @@ class _Magnified(torch.autograd.Function):
 
 def normalize(
     layer: nn.Module, rank: int, scale: float, generator: torch.Generator, *, by_column: bool
-) -> tuple[type[nn.Module], nn.Parameter]:
-    """Turns a plain layer into a ``NormalizedLinear``, in place; returns the class and the weight that it had.
+) -> tuple[type[nn.Module], dict[str, nn.Parameter | None]]:
+    """Turns a plain layer into a ``NormalizedLinear``, in place; returns the class and the parameters that it had.
 
     Args:
         layer: an ``nn.Linear`` or a ``Conv1D``.
@@ -162,56 +165,45 @@ def normalize(
         generator: of J.
         by_column: a norm for each column.
     """
-    weight = layer._parameters.pop("weight")
+    plain: type[nn.Module] = type(layer)
+    parameters = dict(layer._parameters)
+    weight = parameters["weight"]
     assert weight is not None
     in_first = not isinstance(layer, nn.Linear)
-    plain = type(layer)
+    out_in = weight.detach().T if in_first else weight.detach()
+    m, n = out_in.shape
+    base_norms = _square_norms(out_in, by_column)
+    factor_in = new_factor_in((rank, n), generator).to(weight.device, weight.dtype)
+    made = {
+        "base_weight": nn.Parameter(weight.detach(), requires_grad=False),
+        "factor_out": nn.Parameter(weight.new_zeros(m, rank)),
+        "factor_in": nn.Parameter(factor_in),
+        "magnitude": nn.Parameter(base_norms.clamp_min(torch.finfo(torch.float32).tiny).sqrt()),
+        "bias": parameters.get("bias"),
+    }
+    # All is made; from here on nothing fails.
     layer.__class__ = NormalizedLinear
-    assert isinstance(layer, NormalizedLinear)
-    layer.in_first, layer.by_column, layer.scale = in_first, by_column, scale
-    layer.base_weight = nn.Parameter(weight.detach(), requires_grad=False)
-    m, n = layer._out_in().shape
-    layer.factor_out = nn.Parameter(weight.new_zeros(m, rank))
-    layer.factor_in = nn.Parameter(new_factor_in((rank, n), generator).to(weight.device, weight.dtype))
-    layer.register_buffer("base_norms", _square_norms(layer._out_in().detach(), by_column))
-    with torch.no_grad():
-        norms = layer.square_norms().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-    layer.magnitude = nn.Parameter(norms)
-    return plain, weight
+    vars(layer).update(in_first=in_first, by_column=by_column, scale=scale)
+    layer._parameters.clear()
+    layer._parameters.update(made)
+    layer._buffers["base_norms"] = base_norms
+    return plain, parameters
 
 
-def restore(layer: "NormalizedLinear", plain: type[nn.Module], weight: nn.Parameter) -> None:
-    """Undoes ``normalize``: the layer has the very class and parameter that it had."""
-    own = vars(layer)
-    for name in (*TRAINED, "base_weight"):
-        del layer._parameters[name]
-    del layer._buffers["base_norms"]
+def restore(layer: "NormalizedLinear", plain: type[nn.Module], parameters: dict[str, nn.Parameter | None]) -> None:
+    """Undoes ``normalize``: the layer has the very class and parameters that it had, in their order."""
     for name in ("in_first", "by_column", "scale"):
-        del own[name]
-    own.pop("_kept_factor", None)
+        del vars(layer)[name]
+    del layer._buffers["base_norms"]
+    layer._parameters.clear()
+    layer._parameters.update(parameters)
     layer.__class__ = plain  # type: ignore[assignment]
-    layer._parameters["weight"] = weight
 
 
 def new_factor_in(shape: tuple[int, int] | torch.Size, generator: torch.Generator) -> Tensor:
     """J at the start: Gaussian, rows of norm one on average, on the generator's device."""
     gaussian = torch.randn(tuple(shape), generator=generator, device=generator.device)
     return gaussian.mul_(float(shape[1]) ** -0.5)
-
-
-def merged_weight(
-    base: Tensor, factor_out: Tensor, factor_in: Tensor, factor: Tensor, scale: float, by_column: bool, in_first: bool
-) -> Tensor:
-    """W, as its layer stores it.
-
-    Args:
-        base, factor_out, factor_in: W0 (m, n), I (m, r), J (r, n).
-        factor: M / ||V||, (m,) or (n,).
-        scale, by_column, in_first: as of the layer.
-    """
-    direction = torch.addmm(base, factor_out, factor_in, alpha=scale)
-    weight = direction * (factor if by_column else factor[:, None]).to(direction.dtype)
-    return weight.T.contiguous() if in_first else weight
 
 
 def trained_parts(module: nn.Module) -> list[Tensor]:
@@ -222,20 +214,29 @@ def trained_parts(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def with_merged_weights(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of the model in which each normalised layer has its one plain weight.
+    """A state dict in which each normalised layer of the model has its one plain weight, made of the state's own parts.
 
     Args:
         model: holds the layers.
-        state: as of ``model.state_dict()``.
+        state: as of ``model.state_dict()``; of a layer whose parts are not all in it nothing is changed.
     """
     found = dict(state)
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, NormalizedLinear):
-            prefix = f"{name}." if name else ""
-            for part in _PARTS:
-                found.pop(prefix + part, None)
-            found[f"{prefix}weight"] = layer.weight.detach()
+        prefix = f"{name}." if name else ""
+        if isinstance(layer, NormalizedLinear) and all(prefix + part in state for part in _PARTS):
+            found[f"{prefix}weight"] = layer.merged({part: found.pop(prefix + part) for part in _PARTS})
     return found
+
+
+def _add_(base: Tensor, out: Tensor, in_: Tensor, scale: float, generator: torch.Generator) -> None:
+    """``base <- base + s I J`` in place, rounded stochastically where the base is bfloat16."""
+    if base.dtype is not torch.bfloat16:
+        base.addmm_(out, in_, alpha=scale)
+        return
+    wide = torch.addmm(base.float(), out.float(), in_.float(), alpha=scale)
+    # The lower half of a float32's bits is what bfloat16 leaves out: a random number added to it carries or not.
+    noise = torch.randint(0, 2**16, wide.shape, generator=generator, dtype=torch.int32).to(wide.device)
+    base.copy_(((wide.view(torch.int32) + noise) & -(2**16)).view(torch.float32))
 
 
 def _square_norms(weight: Tensor, by_column: bool) -> Tensor:

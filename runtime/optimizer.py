@@ -359,7 +359,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         with self.observe("update", grad if whole is None else whole):
             if record is not None:
                 self.refreshes.note_direction(record, grad)
-                complement = split_complement(record, whole, grad, group["lr"], self._scale)
+                complement = split_complement(record, whole, grad, group, self._scale)
             entries = self._residuals.entries(record, grad)
             self._updates.update(
                 parameter,

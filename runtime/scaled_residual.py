@@ -11,6 +11,8 @@ Source: Fira, Chen et al. 2024, arXiv:2410.01623, equations of sections 4.2 and 
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from galore_fx.runtime.subspace import ProjectedDim
 
 # The norm of S may grow by so much from one update to the next.
 _GROWTH = 1.01
+_EPS = 1e-8
 
 
 @dataclasses.dataclass
@@ -31,7 +34,7 @@ class Complement:
         norms: of R's rows (m, 1) or columns (1, n), float32.
         dim: the projected dimension.
         limit: 0-d float32, norm of the last S; 0 before the first. Changed in place.
-        lr: the learning rate.
+        lr: the learning rate, negative where the optimizer ascends.
         scale: GaLore's alpha, which is in L and not in S.
     """
 
@@ -50,17 +53,17 @@ class Complement:
         """
         if self.lr == 0.0:
             return self.grad.zero_()
-        tiny = torch.finfo(torch.float32).tiny
-        phi = _norms(update, self.dim) / (self.lr * self.scale * self.norms.clamp_min(tiny))
+        phi = _norms(update, self.dim) / (abs(self.lr) * self.scale * (self.norms + _EPS))
+        phi = torch.where(self.norms > 0, phi, 0.0)  # momentum moves a row whose gradient is zero
         scaled: Tensor = self.grad.mul_(phi)
         norm = torch.linalg.vector_norm(scaled, dtype=torch.float32)
-        shrink = torch.where(self.limit > 0, (_GROWTH * self.limit / norm.clamp_min(tiny)).clamp_max(1.0), 1.0)
+        shrink = torch.where(self.limit > 0, (_GROWTH * self.limit / (norm + _EPS)).clamp_max(1.0), 1.0)
         self.limit.copy_(norm * shrink)
         return scaled.mul_(shrink * self.lr)
 
 
 def split_complement(
-    record: ProjectedParameter, grad: Tensor | None, projected: Tensor, lr: float, scale: float
+    record: ProjectedParameter, grad: Tensor | None, projected: Tensor, group: Mapping[str, Any], scale: float
 ) -> Complement | None:
     """Takes the projection out of a gradient, in place.
 
@@ -68,7 +71,8 @@ def split_complement(
         record: of the weight.
         grad: G, (m, n), consumed; None where only R has come.
         projected: R, (m, r) or (r, n).
-        lr, scale: as of ``Complement``.
+        group: the param group.
+        scale: as of ``Complement``.
     """
     if grad is None or record.complement_norm is None:
         return None
@@ -76,7 +80,8 @@ def split_complement(
         grad.addmm_(projected, record.basis.T, alpha=-1)
     else:
         grad.addmm_(record.basis, projected, alpha=-1)
-    return Complement(grad, _norms(projected, record.dim), record.dim, record.complement_norm, float(lr), scale)
+    lr = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    return Complement(grad, _norms(projected, record.dim), record.dim, record.complement_norm, lr, scale)
 
 
 def _norms(tensor: Tensor, dim: ProjectedDim) -> Tensor:

@@ -120,7 +120,10 @@ def test_what_is_exported_is_the_training_model(make, tmp_path):
         torch.testing.assert_close(plain(input_ids=ids[0]).logits, model.eval()(input_ids=ids[0]).logits)
 
 
-@pytest.mark.parametrize("parts", [{}, {"update": "in-backward", "sides": "one", "merge_factors": True}])
+@pytest.mark.parametrize(
+    "parts",
+    [{"refresh": "lotus", "lotus_interval": 2}, {"update": "in-backward", "sides": "one", "merge_factors": True}],
+)
 def test_resume_is_bit_identical(parts):
     def make():
         return galore_fx.compile(llama(1), optimizer=adamw(), refresh_gap=3, **PARTS, **parts)
@@ -171,21 +174,6 @@ def test_the_peak_is_predicted_and_the_optimizer_keeps_little():
     assert set(states.values()) == {2 * 4 * 4 * 4 + 4}, "two moments of 4 x 4, whatever the weight's shape"
 
 
-def test_evaluation_keeps_the_norms_until_a_parameter_changes():
-    made, x = layer(dtype=torch.float32).eval(), torch.randn(2, 5)
-    with torch.no_grad():
-        first = made(x)
-        made.base_norms.data.zero_()  # would be seen in new norms
-        assert torch.equal(made(x), first)
-        made.base_norms.data.copy_(made.base_weight.square().sum(1))
-        for part in ("factor_out", "factor_in", "magnitude"):
-            getattr(made, part).mul_(1.5)
-            torch.testing.assert_close(made(x), x @ made.weight.T + made.bias)
-            torch.testing.assert_close(made(x), made.train()(x))
-            made.eval()
-    assert made(x).requires_grad
-
-
 def test_neither_the_weight_nor_its_gradient_is_formed(graphs):  # noqa: F811
     model = galore_fx.compile(llama(num_layers=1, num_key_value_heads=2), optimizer=adamw(), **PARTS)
     shapes = {tuple(m.base_weight.shape) for m in model.modules() if isinstance(m, NormalizedLinear)}
@@ -216,6 +204,63 @@ def test_planning_and_a_refused_budget_leave_the_model_as_it_was():
     assert largest_error(again, model) == 0
 
 
+def test_a_plan_leaves_the_order_of_parameters_and_the_names_of_groups():
+    model = gpt2(1)
+    before, order = list(model.state_dict()), [id(p) for p in model.parameters()]
+    instance = torch.optim.AdamW(model.named_parameters())
+    names = list(instance.param_groups[0]["param_names"])
+    galore_fx.plan(model, optimizer=instance, **PARTS)
+    assert list(model.state_dict()) == before and [id(p) for p in model.parameters()] == order
+    assert instance.param_groups[0]["param_names"] == names
+    galore_fx.compile(model, optimizer=instance, **PARTS)
+    group = instance.param_groups[0]
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == {
+        name: p for name, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_a_state_that_is_given_is_what_is_saved_and_a_copy_saves_plain_weights(tmp_path):
+    model, ids = galore_fx.compile(llama(1), optimizer=adamw(lr=1e-2), **PARTS), batches(2)
+    name = "model.layers.0.mlp.up_proj.weight"
+    backward(model, ids[0])
+    model.galore_fx.optimizer.step()
+    best = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = galore_fx.plain_state_dict(model)[name].clone()
+    backward(model, ids[1])
+    model.galore_fx.optimizer.step()
+    model.save_pretrained(tmp_path / "best", state_dict=best)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "best").state_dict()[name]
+    assert torch.equal(saved, expected) and not torch.equal(saved, galore_fx.plain_state_dict(model)[name])
+    with pytest.warns(UserWarning, match="compiled"):
+        copied = copy.deepcopy(model)
+    copied.save_pretrained(tmp_path / "copy")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
+    assert torch.equal(plain.state_dict()[name], galore_fx.plain_state_dict(model)[name])
+    with pytest.raises(galore_fx.ModelError, match="the model's layers are normalised"):
+        galore_fx.compile(copied, optimizer=adamw())
+
+
+def test_under_autocast_a_layer_gives_what_a_plain_one_gives():
+    made = layer(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert made(torch.randn(2, 5)).dtype is torch.bfloat16
+        parts = {name: getattr(made, name) for name in ("factor_out", "factor_in", "base_weight", "base_norms")}
+        norms = made.square_norms(parts)
+    direction = made.base_weight + 0.7 * made.factor_out @ made.factor_in
+    torch.testing.assert_close(norms, direction.square().sum(1))
+
+
+def test_a_merge_in_bfloat16_keeps_small_changes_on_average():
+    made = nn.Linear(64, 512, bias=False, dtype=torch.bfloat16)
+    nn.init.constant_(made.weight, 1.0)
+    normalize(made, 1, 1.0, torch.Generator().manual_seed(1), by_column=False)
+    with torch.no_grad():
+        made.factor_out.fill_(1.0)
+        made.factor_in.fill_(1e-3)  # a quarter of the grid at 1
+    made.merge_(torch.Generator().manual_seed(2))
+    assert float(made.base_weight.float().mean()) == pytest.approx(1.001, abs=1e-4)
+
+
 def test_layers_that_share_a_weight_are_trained_as_others_are():
     model = llama(2)
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
@@ -235,6 +280,8 @@ def test_layers_that_share_a_weight_are_trained_as_others_are():
         ({"moments_on_refresh": "rotate"}, "knows one basis, and sides='two' has two"),
         ({"factor_scale": 0}, "factor_scale=0 must be a finite number above 0"),
         ({"merge_factors": True, "stagger": True}, "merge_factors=True renews all bases"),
+        ({"merge_factors": True, "refresh_limit": 1}, "which refresh_limit=1 may break up"),
+        ({"merge_factors": True, "weight_norm": None}, "merges the factors of normalised weights"),
     ],
 )
 def test_what_makes_no_sense_is_refused(parts, message):

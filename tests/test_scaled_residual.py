@@ -5,6 +5,9 @@ import torch
 
 import galore_fx
 from galore_fx.measurement import counted_peak, kept_bytes
+from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.scaled_residual import split_complement
+from galore_fx.runtime.subspace import ProjectedDim, random_basis
 from tests.models import adamw, backward, batches, largest_error, llama
 from tests.references import PlainFira
 
@@ -46,6 +49,36 @@ def test_a_step_that_is_not_finite_is_skipped():
     (model(input_ids=(ids := batches(1)[0]), labels=ids).loss * torch.nan).backward()
     model.galore_fx.optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dim", list(ProjectedDim))
+def test_a_row_without_a_gradient_stays_where_it_is_but_for_the_momentum(dim):
+    shape, rank = (6, 8), 6
+    grad = torch.randn(shape)
+    (grad if dim is ProjectedDim.COLS else grad.T)[2] = 0.0
+    basis = torch.linalg.qr(torch.randn(dim.basis_shape(shape, rank))).Q
+    record = ProjectedParameter.create("w", torch.nn.Parameter(torch.randn(shape)), dim, rank, basis)
+    record.complement_norm = torch.zeros(())
+    projected = record.project(grad)
+    given = grad.clone()
+    taken = {}
+    for maximize in (False, True):
+        complement = split_complement(record, given.clone(), projected, {"lr": 0.1, "maximize": maximize}, 0.25)
+        taken[maximize] = complement.scaled(torch.ones(dim.projected_shape(shape, rank)))
+        record.complement_norm.zero_()
+    assert torch.isfinite(taken[False]).all() and taken[False].any()
+    assert not (taken[False] if dim is ProjectedDim.COLS else taken[False].T)[2].any()
+    torch.testing.assert_close(taken[True], -taken[False])
+
+
+def test_a_random_basis_stays_the_one_that_was_drawn():
+    model, _, _ = pair(1e-3, basis="random")
+    record = next(iter(model.galore_fx.optimizer.records))
+    backward(model, batches(1)[0])
+    expected = random_basis(tuple(record.basis.shape), torch.Generator().manual_seed(record.draw_key & 0xFFFFFFFF))
+    model.galore_fx.optimizer.step()
+    torch.testing.assert_close(record.basis, expected)
+    assert model.galore_fx.stats()["num_refreshes"] == 14
 
 
 def test_resume_is_bit_identical():

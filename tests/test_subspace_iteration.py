@@ -107,6 +107,7 @@ def test_a_random_basis_is_drawn_anew_with_each_gap_and_the_same_in_a_resumed_ru
         ({"oversampling": 4, "refresh": "lazy"}, "oversampling=4 changes what the overlap of a sketch means"),
         ({"basis": "random", "refresh": "lazy"}, "looks at no gradient, and refresh='lazy' decides on one"),
         ({"basis": "random", "oversampling": 2}, "basis='random' has none"),
+        ({"iterations": 2, "refresh_limit": 1}, "which refresh_limit=1 may break up"),
         ({"iterations": 0}, "iterations=0 must be an int of at least 1"),
         ({"iterations": 4, "refresh_gap": 3}, "iterations=4 take as many updates"),
     ],

@@ -29,15 +29,17 @@ class Normalization:
     """The layers that are normalised now.
 
     Attributes:
-        plain: of each layer the class and the weight that it had.
+        plain: of each layer the class and the parameters that it had.
     """
 
     def __init__(self) -> None:
-        self.plain: dict[NormalizedLinear, tuple[type[nn.Module], nn.Parameter]] = {}
+        self.plain: dict[NormalizedLinear, tuple[type[nn.Module], dict[str, nn.Parameter | None]]] = {}
 
     def keep(self) -> None:
         """Makes it last. The weights of before are emptied: who still holds one would read what is not trained."""
-        for _, weight in self.plain.values():
+        for _, parameters in self.plain.values():
+            weight = parameters["weight"]
+            assert weight is not None
             weight.data = weight.data.new_empty(0)
         self.plain.clear()
 
@@ -66,7 +68,7 @@ def normalize_weights(
     weights = {id(w.weight) for region in find_regions(model) for w in region.weights}
     users = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     generator = torch.Generator().manual_seed(_SEED)
-    before = [(group, list(group["params"])) for group in groups]
+    before = [{key: list(group[key]) for key in ("params", "param_names") if key in group} for group in groups]
     normalization = Normalization()
     try:
         for layer in list(model.modules()):
@@ -79,12 +81,22 @@ def normalize_weights(
             assert isinstance(layer, NormalizedLinear)
             normalization.plain[layer] = plain
             for group in groups:
-                own = [layer._parameters[name] for name in TRAINED]
-                group["params"][:] = [q for p in group["params"] for q in (own if p is weight else [p])]
+                _exchange(group, weight, layer)
         yield normalization
     finally:
         if normalization.plain:
-            for group, params in before:
-                group["params"][:] = params
+            for group, lists in zip(groups, before, strict=True):
+                for key, values in lists.items():
+                    group[key][:] = values
         for made, plain in normalization.plain.items():
             restore(made, *plain)
+
+
+def _exchange(group: dict[str, Any], weight: nn.Parameter, layer: NormalizedLinear) -> None:
+    """The trained parts of a layer in its weight's place, and their names where the group has names."""
+    found = [place for place, parameter in enumerate(group["params"]) if parameter is weight]
+    for place in found:
+        group["params"][place : place + 1] = [layer._parameters[name] for name in TRAINED]
+        if "param_names" in group:
+            owner = group["param_names"][place].removesuffix("weight")
+            group["param_names"][place : place + 1] = [owner + name for name in TRAINED]
