@@ -22,7 +22,7 @@ from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
 from galore_fx.runtime.moment_transfer import check_rotates
 from galore_fx.runtime.normalized_linear import trained_parts
-from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshLimits, RefreshQueue
+from galore_fx.runtime.refresh_schedule import RefreshLimits
 from galore_fx.sample_trial import check_sample
 from galore_fx.units import format_bytes, parse_bytes
 
@@ -122,8 +122,7 @@ def _check_refreshes(regions: list[Region], plan: Plan, recipe: Recipe) -> None:
                 f"{told} is less than what the refresh of {regions[index].name or 'the model'} alone takes: "
                 f"{format_bytes(cost.num_bytes)} and {cost.time_s:.3g} s"
             )
-    schedule = FixedSchedule(recipe.refresh_gap, len(regions), recipe.stagger, num_initial=1)
-    num_updates = RefreshQueue({}, schedule, limits, costs=costs).num_turns(costs)
+    num_updates = limits.num_turns(costs.values())
     if num_updates > recipe.refresh_gap:
         raise SettingError(
             f"{told} with refresh_gap={recipe.refresh_gap}: the {len(costs)} blocks take {num_updates} updates to "

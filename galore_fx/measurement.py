@@ -57,7 +57,8 @@ def counted_peak(model: nn.Module, sample: object) -> int:
 def _num_turns(optimizer: SubspaceOptimizer) -> int:
     """Updates in which all bases are renewed once."""
     queue = optimizer.refreshes.queue
-    return max(1, queue.num_turns({queue.layer_of(id(record.weight)) for record in optimizer.records}))
+    layers = sorted({queue.layer_of(id(record.weight)) for record in optimizer.records})
+    return max(1, queue.limits.num_turns(map(queue.cost_of, layers)))
 
 
 def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:

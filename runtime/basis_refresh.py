@@ -10,7 +10,7 @@ from torch import Tensor
 
 from galore_fx.runtime.optimizer_state import Counters
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
-from galore_fx.runtime.random_thresholds import key_of
+from galore_fx.runtime.random_thresholds import generator_of, key_of
 from galore_fx.runtime.refresh_schedule import RefreshQueue
 from galore_fx.runtime.sampled_heads import basis_of_heads
 from galore_fx.runtime.sparse_residual import entries_of
@@ -78,8 +78,8 @@ class BasisRefresh:
         All weights of a layer take the refreshing form where one of them is due: a layer has two graphs then, and not
         one for each combination.
         """
-        layers = self.queue.layers_in_turn()
         self._turn = self.queue.turn()
+        layers = {self.queue.layer_of(key) for key in self._turn}
         for key, record in self._records.items():
             if record.draws:
                 record.draw(key_of(_DRAW_SEED, self.counters.num_updates, self._numbers[key]))
@@ -140,7 +140,7 @@ class BasisRefresh:
     def apply_sketch(self, record: ProjectedParameter) -> None:
         """Renews one basis, if it is due: from its sketch, where that has been kept, or as it is drawn."""
         if record.is_random and id(record.weight) in self._turn & self.queue.due_since.keys():
-            generator = torch.Generator().manual_seed(record.draw_key & 0xFFFFFFFF)
+            generator = generator_of(record.draw_key)
             shape = (record.basis.shape[0], record.basis.shape[1])
             self._renew(record, lambda: random_basis(shape, generator).to(record.basis.device), lambda _new: 0.0)
         sketch = self._sketches.pop(id(record.weight), None)

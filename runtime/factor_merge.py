@@ -9,13 +9,12 @@ Ours: GradNormLoRP (arXiv:2412.19616) does not say how its factors train a model
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from galore_fx.runtime.moment_transfer import reset_moments
 from galore_fx.runtime.normalized_linear import FACTORS, NormalizedLinear
 from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.random_thresholds import key_of
+from galore_fx.runtime.random_thresholds import generator_of, key_of
 
 # Keeps these draws apart from those of heads and of the rounding.
 _SEED = 2
@@ -50,7 +49,7 @@ class FactorMerge:
         if num_updates % self._gap:
             return
         for number, layer in enumerate(self._layers):
-            layer.merge_(torch.Generator().manual_seed(key_of(_SEED, num_updates, number) & 0xFFFFFFFF))
+            layer.merge_(generator_of(key_of(_SEED, num_updates, number)))
             for name in FACTORS:
                 record = records[id(getattr(layer, name))]
                 reset_moments(states[record.weight], like(record.weight, record.leaf))

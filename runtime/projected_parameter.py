@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_fx.runtime.leaf import storage_free_leaf
+from galore_fx.runtime.random_thresholds import generator_of
 from galore_fx.runtime.sampled_heads import SampledHeads
 from galore_fx.runtime.sparse_residual import SparseResidual
 from galore_fx.runtime.subspace import ProjectedDim, project
@@ -156,7 +157,7 @@ class ProjectedParameter:
         if self.heads is not None:
             self.heads.draw(key)
         elif self.sketch_columns is not None:
-            generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
+            generator = generator_of(key)
             shape = self.sketch_columns.shape
             self.sketch_columns.copy_(torch.randn(shape, generator=generator).mul_(shape[0] ** -0.5))
 

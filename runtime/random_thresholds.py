@@ -22,6 +22,11 @@ def key_of(seed: int, *numbers: int) -> int:
     return (state >> 32) - (state >> 63 << 32)
 
 
+def generator_of(key: int) -> torch.Generator:
+    """torch's own generator, on the CPU, started from a key of ``key_of``."""
+    return torch.Generator().manual_seed(key & 0xFFFFFFFF)
+
+
 def _mixed(state: int) -> int:
     state &= _MASK_64
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64

@@ -91,6 +91,16 @@ class RefreshLimits:
                 return None if number == len(costs) else number
         return None if len(costs) <= 1 else 1
 
+    def num_turns(self, costs: Iterable[RefreshCost]) -> int:
+        """Updates in which layers of these costs, all of them due, refresh once, in this order."""
+        turns = number = 0
+        total = RefreshCost()
+        for cost in costs:
+            number, total = number + 1, total + cost
+            if turns == 0 or not self.allow(number, total):
+                turns, number, total = turns + 1, 1, cost
+        return turns
+
     def allow(self, num_layers: int, cost: RefreshCost) -> bool:
         """Whether so many layers of this cost may refresh together."""
         limits = ((num_layers, self.num_layers), (cost.num_bytes, self.num_bytes), (cost.time_s, self.time_s))
@@ -205,16 +215,6 @@ class RefreshQueue:
                 break
             chosen.add(layer)
         return chosen
-
-    def num_turns(self, layers: Iterable[int]) -> int:
-        """Updates that these layers take to refresh once, all being due now."""
-        turns = number = 0
-        total = RefreshCost()
-        for layer in sorted(layers):
-            number, total = number + 1, total + self.cost_of(layer)
-            if turns == 0 or not self.limits.allow(number, total):
-                turns, number, total = turns + 1, 1, self.cost_of(layer)
-        return turns
 
     def cost_of(self, layer: int) -> RefreshCost:
         """What its refresh adds to a step."""

@@ -13,6 +13,7 @@ rank exceeds a head's size, the query, key and value rows of a head together whe
 import torch
 from torch import Tensor
 
+from galore_fx.runtime.random_thresholds import generator_of
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis, orthonormalize
 
 
@@ -39,7 +40,7 @@ class SampledHeads:
 
     def draw(self, key: int) -> None:
         """Takes heads that follow from a number: the same in a resumed run and on every rank."""
-        generator = torch.Generator().manual_seed(key & 0xFFFFFFFF)
+        generator = generator_of(key)
         drawn = torch.randperm(self._heads.shape[0], generator=generator)[: self.num_drawn]
         self.features.copy_(self._heads[drawn.sort().values].flatten())
 

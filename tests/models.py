@@ -1,7 +1,7 @@
 """Tiny models, batches and the slow, obvious references that tests and benchmarks compare with."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,27 @@ def backward(model: nn.Module, ids: Tensor, weight: float = 1.0) -> float:
 def adamw(**settings: Any) -> Callable[..., torch.optim.Optimizer]:
     """``torch.optim.AdamW`` with settings bound; learning rate 1e-3, no decay."""
     return functools.partial(torch.optim.AdamW, **{"lr": 1e-3, "weight_decay": 0.0, **settings})
+
+
+def train(model: nn.Module, ids: Sequence[Tensor]) -> None:
+    """A step on each batch."""
+    for batch in ids:
+        backward(model, batch)
+        model.galore_fx.optimizer.step()
+
+
+def straight_and_resumed(
+    make: Callable[[], nn.Module], ids: Sequence[Tensor], stop: int
+) -> tuple[nn.Module, nn.Module]:
+    """A model trained on all batches, and one that goes on from the state of another after ``stop``: bit-identical."""
+    straight, stopped, resumed = make(), make(), make()
+    train(straight, ids)
+    train(stopped, ids[:stop])
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
+    train(resumed, ids[stop:])
+    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    return straight, resumed
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import galore_fx
 from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshLimits, RefreshQueue
 from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis, project, random_basis, sketch_of
-from tests.models import adamw, backward, batches, llama
+from tests.models import adamw, backward, batches, llama, straight_and_resumed
 
 ROWS, COLS = ProjectedDim.ROWS, ProjectedDim.COLS
 
@@ -118,20 +118,9 @@ def test_a_resumed_run_decides_the_same(settings):
         settings_ = {"refresh": "lazy", "refresh_gap": 2, "lazy_queue": 2, "lazy_threshold": 0.3, **settings}
         return galore_fx.compile(llama(2), rank=8, optimizer=adamw(), **settings_)
 
-    def train(model, ids):
-        for batch in ids:
-            backward(model, batch)
-            model.galore_fx.optimizer.step()
-
     ids = batches(14)
-    straight, stopped, resumed = make(), make(), make()
-    train(straight, ids)
-    train(stopped, ids[:9])
-    resumed.load_state_dict(stopped.state_dict())
-    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
-    train(resumed, ids[9:])
+    straight, resumed = straight_and_resumed(make, ids, 9)
     expected, given = straight.galore_fx.stats(), resumed.galore_fx.stats()
     for figure in ("num_refreshes", "refresh_gap", "stability"):
         assert given[figure] == expected[figure]
     assert max(given["refresh_gap"].values()) > 2
-    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import galore_fx
 from galore_fx.measurement import counted_peak, kept_bytes
 from galore_fx.runtime.normalized_linear import NormalizedLinear, normalize
-from tests.models import adamw, backward, batches, gpt2, largest_error, llama
+from tests.models import adamw, backward, batches, gpt2, largest_error, llama, straight_and_resumed
 from tests.references import PlainNormalized
 from tests.test_projected_backward import graphs, weight_sized_values  # noqa: F401 - a fixture
 
@@ -128,19 +128,8 @@ def test_resume_is_bit_identical(parts):
     def make():
         return galore_fx.compile(llama(1), optimizer=adamw(), refresh_gap=3, **PARTS, **parts)
 
-    def train(model, ids):
-        for batch in ids:
-            backward(model, batch)
-            model.galore_fx.optimizer.step()
-
     ids = batches(8)
-    straight, stopped, resumed = make(), make(), make()
-    train(straight, ids)
-    train(stopped, ids[:5])
-    resumed.load_state_dict(stopped.state_dict())
-    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
-    train(resumed, ids[5:])
-    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    straight, resumed = straight_and_resumed(make, ids, 5)
 
 
 def test_merging_goes_on_training_and_gives_the_change_more_rank():

@@ -83,7 +83,7 @@ def test_a_queue_keeps_its_limits_starves_none_and_repeats_itself(
         whole = sum((costs[layer] for layer in turn), RefreshCost())
         assert len(turn) <= 1 or limits.allow(len(turn), whole)
     # Each update serves the head of the queue, so that none waits longer than the others take in turn.
-    once = RefreshQueue(layers, schedule, limits, costs=costs).num_turns(costs)
+    once = limits.num_turns(costs.values())
     assert once <= num_layers
     for layer in range(num_layers):
         at = [update for update, turn in enumerate(served) if layer in turn]
@@ -99,8 +99,7 @@ def test_as_many_layers_as_the_costs_allow():
     assert RefreshLimits(num_bytes=10).most_layers(costs) == 3
     assert RefreshLimits(num_bytes=10, time_s=2.5).most_layers(costs) == 2
     assert RefreshLimits(num_layers=1, num_bytes=10).most_layers(costs) == 1
-    queue = RefreshQueue({}, FixedSchedule(1, 4, False, 1), RefreshLimits(num_bytes=10), costs=dict(enumerate(costs)))
-    assert queue.num_turns(range(4)) == 2, "5 + 2 + 3, then 9: none overtakes"
+    assert RefreshLimits(num_bytes=10).num_turns(costs) == 2, "5 + 2 + 3, then 9: none overtakes"
 
 
 def test_a_refresh_that_exceeds_a_limit_alone_or_a_gap_too_short_is_refused():

@@ -8,7 +8,7 @@ from galore_fx.measurement import counted_peak, kept_bytes
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.scaled_residual import split_complement
 from galore_fx.runtime.subspace import ProjectedDim, random_basis
-from tests.models import adamw, backward, batches, largest_error, llama
+from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed
 from tests.references import PlainFira
 
 PARTS = {"recipe": "fira", "rank": 8, "refresh_gap": 4}
@@ -82,20 +82,7 @@ def test_a_random_basis_stays_the_one_that_was_drawn():
 
 
 def test_resume_is_bit_identical():
-    ids = batches(7)
-
-    def train(model, ids):
-        for batch in ids:
-            backward(model, batch)
-            model.galore_fx.optimizer.step()
-
-    (straight, *_), (stopped, *_), (resumed, *_) = pair(1e-3), pair(1e-3), pair(1e-3)
-    train(straight, ids)
-    train(stopped, ids[:3])
-    resumed.load_state_dict(stopped.state_dict())
-    resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
-    train(resumed, ids[3:])
-    assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+    straight_and_resumed(lambda: pair(1e-3)[0], batches(7), 3)
 
 
 def test_the_peak_is_predicted_and_holds_the_full_gradients_of_one_block():
