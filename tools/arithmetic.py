@@ -11,13 +11,12 @@ no held-out one in training. Digits are written apart, so that each is a token.
 import argparse
 import functools
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import train
-from recipe_parts import add_part_option
+from recipe_parts import add_fine_tuning_options
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -42,13 +41,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tunes; returns exact-match accuracy, loss of the answers and counted peak."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="galore+")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base", default="runs/arithmetic-base", help="folder of the base model's run")
-    parser.add_argument("--base-steps", type=int, default=BASE_STEPS)
-    add_part_option(parser)
+    add_fine_tuning_options(parser, lr=2e-3, batch=16, base="runs/arithmetic-base", base_steps=BASE_STEPS)
     arguments = parser.parse_args(argv)
     model, tokenizer = _base(Path(arguments.base), arguments.base_steps)
     data = {name: encode(problems, tokenizer) for name, problems in make_problems(arguments).items()}
@@ -139,8 +132,4 @@ def _spaced(number: int) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (train.InputError, train.TextError, galore_fx.GaloreFxError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    train.run(main)

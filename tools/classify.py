@@ -9,13 +9,12 @@ return, ...) is taken away and is the label; held-out lines come from files of t
 
 import argparse
 import functools
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import train
-from recipe_parts import add_part_option
+from recipe_parts import add_fine_tuning_options
 from text_data import Corpus, make_tokenizer, read_corpus
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -42,13 +41,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tunes; returns accuracy, loss and counted peak."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--way", choices=WAYS, default="gradnormlorp", help="a recipe, or LoRA")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base", default="runs/classify-base", help="folder of the base model")
-    parser.add_argument("--base-steps", type=int, default=BASE_STEPS)
-    add_part_option(parser)
+    add_fine_tuning_options(parser, lr=3e-3, batch=32, base="runs/classify-base", base_steps=BASE_STEPS)
     arguments = parser.parse_args(argv)
     corpus = read_corpus(None, 4_000_000)
     tokenizer = make_tokenizer(corpus, VOCABULARY)
@@ -158,8 +151,4 @@ def _base(folder: Path, arguments: argparse.Namespace, corpus: Corpus, tokenizer
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (train.InputError, train.TextError, galore_fx.GaloreFxError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    train.run(main)

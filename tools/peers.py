@@ -17,7 +17,6 @@ import train
 from torch import nn
 from tqdm import tqdm
 
-import galore_fx
 from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.runtime.meter import count_memory, tensor_bytes
 
@@ -98,8 +97,4 @@ PEERS = {"lora": _lora, "galore_torch": _galore_torch}
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (train.InputError, train.TextError, galore_fx.GaloreFxError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    train.run(main)

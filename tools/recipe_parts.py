@@ -11,6 +11,19 @@ def add_part_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", action="append", default=[], metavar="NAME=VALUE", type=_part, help=text)
 
 
+def add_fine_tuning_options(
+    parser: argparse.ArgumentParser, *, lr: float, batch: int, base: str, base_steps: int
+) -> None:
+    """Those of a script that fine-tunes a base model which it trains itself."""
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", default=base, help="folder of the base model")
+    parser.add_argument("--base-steps", type=int, default=base_steps)
+    add_part_option(parser)
+
+
 def _part(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator:

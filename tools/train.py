@@ -17,6 +17,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -336,9 +337,14 @@ def _rank(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
-if __name__ == "__main__":
+def run(main: Callable[[], object]) -> None:
+    """Runs a script; what the user can mend is one line and exit status 2."""
     try:
         main()
     except (InputError, TextError, galore_fx.GaloreFxError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    run(main)
