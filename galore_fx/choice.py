@@ -25,7 +25,8 @@ RANKS = (0.25, 0.125, 0.0625)
 # Parts that mean something only where weights are projected: who sets one wants projection.
 _OF_PROJECTION = (
     *("rank", "project", "basis", "cross_head", "refresh", "refresh_gap", "stagger", "moments_on_refresh", "scale"),
-    *("refresh_limit_bytes", "refresh_limit_s", "iterations", "oversampling", "lotus_threshold", "lotus_interval"),
+    *("refresh_limit_bytes", "refresh_limit_s", "iterations", "oversampling", "granularity"),
+    *("lotus_threshold", "lotus_interval"),
     *("residual", "residual_density", "residual_variant", "residual_warm_up", "weight_bits", "basis_bits"),
 )
 

@@ -18,6 +18,7 @@ from galore_fx.optimizer_build import build_optimizer
 from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.memory_plan.plan_parameters import check_budget
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
+from galore_fx.passes.model_graph.normalize_weights import Normalization
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.planned_batch import PlannedBatch
@@ -111,14 +112,20 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         _refuse_beside_plan(request)
         request = Request(recipe=Recipe(**plan.recipe), optimizer=optimizer)
     with normalized(model, request) as (asked, normalization):
-        compiled = _compiled(model, asked, plan, enforce=enforce, strict=strict)
-        if normalization is not None:
-            normalization.keep()
+        compiled = _compiled(model, asked, plan, normalization, enforce=enforce, strict=strict)
     model.galore_fx = compiled  # type: ignore[assignment]
     return model
 
 
-def _compiled(model: nn.Module, request: Request, plan: Plan | None, *, enforce: bool, strict: bool) -> Compiled:
+def _compiled(
+    model: nn.Module,
+    request: Request,
+    plan: Plan | None,
+    normalization: Normalization | None,
+    *,
+    enforce: bool,
+    strict: bool,
+) -> Compiled:
     if plan is not None:
         decisions = decide_as_planned(model, plan, request.optimizer)
     else:
@@ -128,6 +135,8 @@ def _compiled(model: nn.Module, request: Request, plan: Plan | None, *, enforce:
     check_budget(made)
     if enforce:
         enforce_budget(model, made.budget_bytes)
+    if normalization is not None:
+        normalization.keep()  # all checks are behind; what is stored in 8 bits must not be held besides
     decisions = quantize_weights(model, decisions)
     built = build_optimizer(model, decisions, request.optimizer)
     compiler = RegionCompiler()

@@ -10,7 +10,7 @@ from galore_fx.device_memory import available_bytes
 from galore_fx.errors import ModelError, SettingError
 from galore_fx.handle import Compiled
 from galore_fx.optimizer_choice import OptimizerChoice, resolve_optimizer
-from galore_fx.passes.memory_plan.plan_parameters import plan_parameters
+from galore_fx.passes.memory_plan.plan_parameters import fixed_bytes, plan_parameters
 from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
 from galore_fx.passes.model_graph.find_regions import Region, find_regions
 from galore_fx.passes.model_graph.parameter_roles import parameter_roles
@@ -93,8 +93,7 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         state_format=layout.format,
         num_state_scalars=len(layout.scalars),
         budget_bytes=budget_bytes,
-        fixed_bytes=sum(b.nbytes for b in model.buffers())
-        + sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        fixed_bytes=fixed_bytes(model, resolved),
     )
     _check_refreshes(regions, made, resolved)
     made = dataclasses.replace(made, keep_logits=request.keep_logits, micro_batches=micro_batches)

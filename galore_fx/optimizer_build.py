@@ -7,7 +7,7 @@ from torch import nn
 
 from galore_fx.decisions import Decisions, refresh_limits
 from galore_fx.optimizer_choice import OptimizerChoice, retire
-from galore_fx.passes.memory_plan.plan_parameters import check_budget
+from galore_fx.passes.memory_plan.plan_parameters import basis_shape, check_budget
 from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
@@ -69,12 +69,13 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
             continue
         linear, dim = linears[entry.name], ProjectedDim(entry.dim)
         weight = linear.weight
-        shape = dim.basis_shape((entry.shape[0], entry.shape[1]), entry.rank)
+        shape = basis_shape((entry.shape[0], entry.shape[1]), dim, entry.rank, decisions.recipe)
         basis = random_basis(shape, generator).to(weight.device, weight.dtype)
         if decisions.recipe.basis_bits is not None:
             basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
         record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
-        record.shared_roles = frozenset((decisions.recipe.cross_head or "").split("-")) - {""}
+        words = frozenset((decisions.recipe.cross_head or "").split("-"))
+        record.shared_roles, record.shares_basis = words - {"", "shared"}, "shared" in words
         if decisions.recipe.oversampling:
             record.oversample(min(decisions.recipe.oversampling, shape[0] - entry.rank))
         record.is_random = decisions.recipe.basis == "random"

@@ -6,18 +6,24 @@ from typing import Any
 from torch import nn
 
 from galore_fx.decisions import Decisions
-from galore_fx.runtime.normalized_linear import with_merged_weights
+from galore_fx.runtime.normalized_linear import NormalizedLinear, with_merged_weights
 from galore_fx.runtime.quantized_tensor import QuantizedTensor, plain_tensors
 
 
 def quantize_weights(model: nn.Module, decisions: Decisions) -> Decisions:
     """Replaces parameters of the model, one after the other, in its modules and in the optimizer's groups.
 
+    Of normalised layers it is the frozen weight that is stored so.
+
     The old ones are emptied, since whoever still holds one would otherwise keep the wide form of the weight alive.
 
     Returns:
         The decisions about the model as it is now.
     """
+    if decisions.recipe.weight_norm is not None and decisions.recipe.weight_bits is not None:
+        for module in model.modules():
+            if isinstance(module, NormalizedLinear):
+                module.store_base_(decisions.recipe.weight_bits)
     bits = {entry.name: entry.weight_bits for entry in decisions.plan.parameters}
     regions = []
     for region in decisions.regions:

@@ -4,7 +4,9 @@ part          values
 rank          int, or fraction of the shorter side
 project       shorter (GaLore's rule) | input | output
 basis         svd | subspace-iteration | random; iterations, oversampling: of the second
-cross_head    query-key | query-key-value: one head's basis for all heads of these; None: each weight its own
+granularity   parts that the projected dimension is cut into, all with the same random basis
+cross_head    query-key | query-key-value: one head's basis for all heads of each of these; with -shared for all of them
+              together; None: each weight its own
 refresh       fixed | lazy: a basis whose subspace stays is renewed less and less often | lotus: where the gradient
               inside its subspace has stopped moving
 refresh_gap   updates between two refreshes of the same basis; the first such gap where they are lazy
@@ -36,11 +38,12 @@ max_grad_norm clip the gradients before each update; None: no clipping (deferred
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 Project = Literal["shorter", "input", "output"]
 Basis = Literal["svd", "subspace-iteration", "random"]
-CrossHead = Literal["query-key", "query-key-value"]
+CrossHead = Literal["query-key", "query-key-value", "query-key-shared", "query-key-value-shared"]
 MomentsOnRefresh = Literal["keep", "rotate", "reset"]
 Residual = Literal["drop", "sparse", "scaled"]
 ResidualVariant = Literal["rectified", "additive"]
@@ -68,10 +71,14 @@ class Recipe:
             gradient of its own batch.
         oversampling: random columns that the sketch has besides the basis; of all the leading ones are kept (Halko,
             Martinsson, Tropp 2011, section 4.2).
+        granularity: c, so many parts of the projected dimension share one basis of rank / c columns: G (m, n) is
+            projected as (m c, n / c) (VLoRP, arXiv:2505.01744). ``rank`` is what the parts have together, VLoRP's
+            memory budget M = c r. In force is the largest common divisor of the dimension and the rank up to c.
         cross_head: the weights of an attention's queries and keys (and values) find their basis from the gradient of
             one head, or as many as the rank needs, drawn anew at each refresh (GaLore+, Liao et al. 2024,
-            arXiv:2412.19820; reconstructed). Needs ``project="input"``. Weights in which the graph shows no heads are
-            projected as others are.
+            arXiv:2412.19820; reconstructed). With "-shared" one basis, of a head of the queries, serves the keys (and
+            values) that read the same input, too: it is kept once, and so is X P. Needs ``project="input"``. Weights in
+            which the graph shows no heads are projected as others are.
         refresh: when a basis is renewed: at a fixed gap; lazily, each weight at a gap of its own that doubles while its
             subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2); or where the gradient inside the subspace has
             stopped moving (Lotus, arXiv:2602.01233, algorithm 1), looked at every ``lotus_interval`` updates.
@@ -129,6 +136,7 @@ class Recipe:
     basis: Basis = "subspace-iteration"
     iterations: int = 1
     oversampling: int = 0
+    granularity: int = 1
     cross_head: CrossHead | None = None
     refresh: Refresh = "fixed"
     moments_on_refresh: MomentsOnRefresh = "keep"
@@ -165,3 +173,8 @@ class Recipe:
         shorter = min(shape)
         wanted = round(self.rank * shorter) if isinstance(self.rank, float) else self.rank
         return max(1, min(wanted, shorter))
+
+    def granularity_in_force(self, basis: tuple[int, int]) -> int:
+        """The parts that a basis (size, rank) is cut into."""
+        common = math.gcd(*basis)
+        return max(parts for parts in range(1, min(self.granularity, common) + 1) if common % parts == 0)

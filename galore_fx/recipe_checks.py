@@ -63,6 +63,9 @@ def check_recipe(recipe: Recipe) -> None:
     for part in ("refresh_gap", "lazy_queue", "lazy_limit", "lotus_interval", "residual_warm_up", "iterations"):
         _check_int(part, getattr(recipe, part), 1)
     _check_subspace(recipe)
+    _check_int("granularity", recipe.granularity, 1)
+    if recipe.granularity > 1:
+        _check_parts(recipe)
     if recipe.basis == "random":
         _check_random(recipe)
     threshold = recipe.lazy_threshold
@@ -164,6 +167,23 @@ def _check_random(recipe: Recipe) -> None:
             )
 
 
+def _check_parts(recipe: Recipe) -> None:
+    """One small basis serves several parts of a dimension."""
+    if not recipe.projects:
+        raise SettingError(
+            f"granularity={recipe.granularity} cuts the bases of projected weights into parts, and recipe "
+            f"{recipe.name!r} projects none"
+        )
+    only = {"basis": "random", "residual": "drop", "weight_norm": None, "weight_bits": None, "basis_bits": None}
+    for part, use in only.items():
+        value = getattr(recipe, part)
+        if value != use:
+            raise SettingError(
+                f"granularity={recipe.granularity} projects the parts of a dimension with one random basis, and "
+                f"{part}={value!r} does not know parts; use {part}={use!r}, or granularity=1"
+            )
+
+
 def _check_scaled(recipe: Recipe) -> None:
     """Fira's residual needs each full gradient once, where it is made."""
     if not recipe.projects:
@@ -189,12 +209,17 @@ def _check_normalized(recipe: Recipe) -> None:
     _check_positive("factor_scale", recipe.factor_scale)
     if not isinstance(recipe.merge_factors, bool):
         raise SettingError(f"merge_factors={recipe.merge_factors!r} must be True or False")
+    if recipe.merge_factors and recipe.weight_bits is not None:
+        raise SettingError(
+            f"merge_factors=True adds to the frozen weight, which weight_bits={recipe.weight_bits} stores as codes; "
+            "use weight_bits=None, or merge_factors=False"
+        )
     if recipe.merge_factors and (recipe.refresh != "fixed" or recipe.stagger):
         raise SettingError(
             f"merge_factors=True renews all bases after each gap; use refresh='fixed' and stagger=False (now "
             f"{recipe.refresh!r} and {recipe.stagger})"
         )
-    fixed = {"cross_head": None, "residual": "drop", "weight_bits": None, "basis_bits": None, "oversampling": 0}
+    fixed = {"cross_head": None, "residual": "drop", "basis_bits": None, "oversampling": 0}
     if recipe.sides == "two":
         fixed |= {"basis": "svd", "moments_on_refresh": recipe.moments_on_refresh}
         if recipe.moments_on_refresh == "rotate":

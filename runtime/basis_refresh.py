@@ -78,6 +78,9 @@ class BasisRefresh:
         All weights of a layer take the refreshing form where one of them is due: a layer has two graphs then, and not
         one for each combination.
         """
+        for key, record in self._records.items():
+            if record.basis_owner is not None:
+                self.queue.due_since.pop(key, None)
         self._turn = self.queue.turn()
         layers = {self.queue.layer_of(key) for key in self._turn}
         for key, record in self._records.items():
@@ -137,6 +140,18 @@ class BasisRefresh:
         for key in [*self._sketches, *sorted(drawn, key=self._numbers.__getitem__)]:
             self.apply_sketch(self._records[key])
 
+    def apply_after(self, record: ProjectedParameter, updated: set[int]) -> None:
+        """As ``apply_sketch``, once all weights with this one's basis have been updated, by their identities."""
+        owner = record.basis_owner or record
+        if all(id(each.weight) in updated for each in self._sharing(owner)):
+            self.apply_sketch(owner)
+
+    def _sharing(self, owner: ProjectedParameter) -> list[ProjectedParameter]:
+        """The weights whose basis it is, itself first."""
+        if not owner.shares_basis:
+            return [owner]
+        return [owner, *(record for record in self._records.values() if record.basis_owner is owner)]
+
     def apply_sketch(self, record: ProjectedParameter) -> None:
         """Renews one basis, if it is due: from its sketch, where that has been kept, or as it is drawn."""
         if record.is_random and id(record.weight) in self._turn & self.queue.due_since.keys():
@@ -176,10 +191,13 @@ class BasisRefresh:
                     by_first_vector = self._by_first_vector
                     stability = first_vector_cosine(record.basis, basis) if by_first_vector else overlap(basis)
                     self.queue.note_stability(key, stability)
-                self._transfer(record, basis)
+                sharing = self._sharing(record)
+                for each in sharing:
+                    self._transfer(each, basis)
                 record.basis.copy_(basis)
                 self.counters.num_refreshes += 1
-                self.queue.finish(key)
+                for each in sharing:
+                    self.queue.finish(id(each.weight))
         self.time_s += time.perf_counter() - start
 
 

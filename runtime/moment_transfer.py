@@ -53,6 +53,13 @@ def reset_moments(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> N
         state[name].copy_(value)
 
 
+def rotation_between(old: Tensor, new: Tensor, rank: int) -> Tensor:
+    """``C = P_new^T P_old``, (rank, rank), float32; block by block where the bases are those of one part."""
+    rotation = new.float().T @ old.float()
+    parts = rank // rotation.shape[0]
+    return torch.block_diag(*[rotation] * parts) if parts > 1 else rotation
+
+
 def rotate_moments(
     state: Mapping[str, Tensor],
     rotation: Tensor,

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from galore_fx.runtime.group_quantizer import GROUP
+from galore_fx.runtime.quantized_tensor import QuantizedTensor
+
 # The trained parts of a normalised layer, and what is frozen.
 FACTORS = ("factor_out", "factor_in")
 TRAINED = (*FACTORS, "magnitude")
@@ -34,7 +37,7 @@ class NormalizedLinear(nn.Module):
     """In the place of an ``nn.Linear`` or a transformers ``Conv1D``, whose class it takes the place of.
 
     Attributes:
-        base_weight: W0, (m, n) as (out, in), or (in, out) where ``in_first``; frozen.
+        base_weight: W0, (m, n) as (out, in), or (in, out) where ``in_first``; frozen, and perhaps stored in 8 bits.
         base_norms: squared norms of its rows or columns, float32; a buffer.
         factor_out: I, (m, r). factor_in: J, (r, n).
         magnitude: M, (m,) with a norm for each row, (n,) for each column; float32.
@@ -108,6 +111,23 @@ class NormalizedLinear(nn.Module):
         self.base_norms.copy_(_square_norms(base, self.by_column))
         self.factor_out.zero_()
         self.factor_in.copy_(new_factor_in(self.factor_in.shape, generator))
+
+    @torch.no_grad()
+    def store_base_(self, num_bits: int) -> None:
+        """Stores W0 as codes; norms and M become those of what the codes stand for, so that W is that, too.
+
+        Args:
+            num_bits: of a code. A weight whose elements make no whole groups of codes stays as it is.
+        """
+        wide = self._parameters["base_weight"]
+        assert wide is not None
+        if not is_storable(wide):
+            return
+        stored = QuantizedTensor.of(wide.detach(), num_bits)
+        self._parameters["base_weight"] = nn.Parameter(stored, requires_grad=False)
+        wide.data = wide.data.new_empty(0)
+        self.base_norms.copy_(_square_norms(self._out_in(stored.dequantized()), self.by_column))
+        self.magnitude.copy_(self.base_norms.clamp_min(torch.finfo(torch.float32).tiny).sqrt())
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
@@ -204,6 +224,11 @@ def new_factor_in(shape: tuple[int, int] | torch.Size, generator: torch.Generato
     """J at the start: Gaussian, rows of norm one on average, on the generator's device."""
     gaussian = torch.randn(tuple(shape), generator=generator, device=generator.device)
     return gaussian.mul_(float(shape[1]) ** -0.5)
+
+
+def is_storable(weight: Tensor) -> bool:
+    """Whether the elements of a weight make whole groups of codes."""
+    return weight.numel() % GROUP == 0
 
 
 def trained_parts(module: nn.Module) -> list[Tensor]:

@@ -24,7 +24,7 @@ from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.factor_merge import FactorMerge
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
-from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments
+from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments, rotation_between
 from galore_fx.runtime.optimizer_state import RESIDUAL, STATE_VERSION, Counters, restore
 from galore_fx.runtime.parameter_states import ParameterStates
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
@@ -310,8 +310,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _keep_sketch(self, parameter: nn.Parameter, _leaf: Tensor) -> None:
         record = self._records[id(parameter)]
         self.refreshes.keep_sketch(record)
-        if self.in_backward and id(parameter) in self._updated:
-            self.refreshes.apply_sketch(record)
+        if self.in_backward:
+            self.refreshes.apply_after(record, self._updated)
 
     def _update_at_once(self, parameter: nn.Parameter, holder: Tensor) -> None:
         """Updates a parameter whose gradient is complete, in the form it came in."""
@@ -344,7 +344,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 self.counters.num_skipped += 1
             self._updated.add(id(parameter))
             if record is not None:
-                self.refreshes.apply_sketch(record)
+                self.refreshes.apply_after(record, self._updated)
 
     # One parameter.
 
@@ -387,7 +387,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         elif self._moments_on_refresh == "rotate":
             group = self._groups[id(record.weight)]
             layout = self._updates.layout(self._states.settings(group), group)
-            rotation = basis.float().T @ record.basis.float()
+            rotation = rotation_between(record.basis, basis, record.rank)
             rotate_moments(state, rotation, record.dim, record.leaf.shape, group, layout)
 
     def _rounding_key(self, parameter: nn.Parameter) -> int | None:

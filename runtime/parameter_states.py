@@ -33,8 +33,11 @@ class ParameterStates:
         self._settings: dict[int, Any] = {}
 
     def close_window(self) -> None:
-        """The settings are read anew at the next update."""
+        """The settings are read anew at the next update; a basis may have become that of another weight."""
         self._settings.clear()
+        for record in self._records.values():
+            if record.basis_owner is not None:
+                self._states[record.weight]["basis"] = record.basis
 
     def settings(self, group: dict[str, Any]) -> Any:
         """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""

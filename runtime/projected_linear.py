@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from galore_fx.runtime.sampled_heads import gradient_of_heads
 from galore_fx.runtime.sparse_residual import gradient_at
-from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.subspace import ProjectedDim, coordinates
 
 # What the record of a weight may give, in the order in which ``ProjectedLinear`` takes it.
 _INPUTS = ("basis", "leaf", "sketch_leaf", "sketch_columns", "head_features", "residual_leaf", "residual_columns")
@@ -40,13 +40,15 @@ def projected_gradient(rows: Tensor, cols: Tensor, basis: Tensor, dim: Projected
     Args:
         rows: A, (t, m).
         cols: B, (t, n).
-        basis: P, (m, r) for ROWS, (n, r) for COLS.
+        basis: P, (m, r) for ROWS, (n, r) for COLS, or that of one part.
         dim: the projected dimension.
 
     Returns:
         (r, n) for ROWS, (m, r) for COLS.
     """
-    return (rows @ basis).T @ cols if dim is ProjectedDim.ROWS else rows.T @ (cols @ basis)
+    if dim is ProjectedDim.ROWS:
+        return coordinates(rows, basis).T @ cols
+    return rows.T @ coordinates(cols, basis)
 
 
 def sketch(rows: Tensor, cols: Tensor, projected: Tensor, dim: ProjectedDim) -> Tensor:

@@ -43,14 +43,17 @@ class ProjectedParameter:
         name: qualified name in the model.
         weight: the parameter, (m, n).
         dim: the projected dimension.
-        rank: columns of the basis.
-        basis: (m, r) for ROWS, (n, r) for COLS, the weight's dtype; changed in place, never replaced.
+        rank: columns of R (rows for ROWS), those of the basis times the granularity.
+        basis: (m, r) for ROWS, (n, r) for COLS, or that of one part (runtime/subspace.py); the weight's dtype; changed
+            in place, never replaced.
         leaf: Z, (r, n) for ROWS, (m, r) for COLS; its ``.grad`` is R.
         sketch_leaf: shape of the basis; its ``.grad`` is the sketch of the next basis. Where heads are drawn, of the
             shape of their gradient, which is its ``.grad``.
         form: what the next forward prepares the backward to deliver.
         refresh_form: what it is when the basis is due.
         shared_roles: roles whose heads share a basis ("query", ...), if the graph shows such heads in this weight.
+        shares_basis: whether the weights of these roles that read the same input are to have one basis.
+        basis_owner: whose basis this one is, None for its own.
         heads: those that are drawn, once they have been found.
         draw_key: the number that says what is drawn in this window.
         residual: the entries that are trained at full rank besides, None for none.
@@ -74,6 +77,8 @@ class ProjectedParameter:
     form: GradientForm = GradientForm.PROJECTED
     refresh_form: GradientForm = GradientForm.SKETCHED
     shared_roles: frozenset[str] = frozenset()
+    shares_basis: bool = False
+    basis_owner: "ProjectedParameter | None" = None
     heads: SampledHeads | None = None
     draw_key: int = 0
     residual: SparseResidual | None = None
@@ -92,7 +97,7 @@ class ProjectedParameter:
         """A record with fresh leaves around an existing basis."""
         shape = (weight.shape[0], weight.shape[1])
         leaf = storage_free_leaf(dim.projected_shape(shape, rank), weight)
-        return cls(name, weight, dim, rank, basis, leaf, storage_free_leaf(dim.basis_shape(shape, rank), weight))
+        return cls(name, weight, dim, rank, basis, leaf, storage_free_leaf((basis.shape[0], basis.shape[1]), weight))
 
     def graph_key(self, form: GradientForm) -> tuple[object, ...]:
         """What a graph compiled for this form depends on, besides the weight itself."""
@@ -100,7 +105,8 @@ class ProjectedParameter:
         extra = self.sketch_columns.shape[1] if self.sketch_columns is not None else 0
         num_entries = self.residual.columns.shape[1] if self.residual is not None else 0
         bits = getattr(self.basis, "bits", None)
-        return (self.dim, self.rank, form, self.basis.dtype, bits, drawn, num_entries, extra)
+        is_shared = self.basis_owner is not None
+        return (self.dim, self.basis.shape, form, self.basis.dtype, bits, drawn, num_entries, extra, is_shared)
 
     def graph_inputs(self, form: GradientForm) -> dict[str, Tensor]:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
@@ -150,6 +156,13 @@ class ProjectedParameter:
         if self.form is self.refresh_form and not self.wants_full_gradient:
             self.form = GradientForm.HEADS
         self.refresh_form = GradientForm.HEADS
+
+    def share_basis(self, owner: "ProjectedParameter") -> None:
+        """From now on the basis is that of another weight, which alone renews it."""
+        self.basis_owner, self.basis = owner, owner.basis
+        self.shared_roles, self.refresh_form = frozenset(), GradientForm.PROJECTED
+        if not self.wants_full_gradient:
+            self.form = GradientForm.PROJECTED
 
     def draw(self, key: int) -> None:
         """Other heads or random columns for the next window; heads that are found later are drawn then."""

@@ -3,7 +3,9 @@
     COLS   basis P (n, r)   R = G P      (m, r)   U = N P^T
     ROWS   basis P (m, r)   R = P^T G    (r, n)   U = P N
 
-A basis always has the shape (size of the projected dimension, rank) with orthonormal columns.
+A basis has the shape (size of the projected dimension, rank) with orthonormal columns. With a granularity of c it has
+(size / c, rank / c): the dimension is cut into c parts, each with the same basis, so that P is ``I_c (x) basis`` and is
+never formed (VLoRP, arXiv:2505.01744: G (m, n) as (m c, n / c)).
 """
 
 import enum
@@ -21,9 +23,10 @@ class ProjectedDim(enum.Enum):
     ROWS = "rows"
     COLS = "cols"
 
-    def basis_shape(self, shape: tuple[int, int], rank: int) -> tuple[int, int]:
-        """(m, r) for ROWS, (n, r) for COLS."""
-        return (shape[0] if self is ProjectedDim.ROWS else shape[1], rank)
+    def basis_shape(self, shape: tuple[int, int], rank: int, granularity: int = 1) -> tuple[int, int]:
+        """(m, r) for ROWS, (n, r) for COLS; both divided by the granularity, which divides both."""
+        size = shape[0] if self is ProjectedDim.ROWS else shape[1]
+        return (size // granularity, rank // granularity)
 
     def projected_shape(self, shape: tuple[int, int], rank: int) -> tuple[int, int]:
         """(r, n) for ROWS, (m, r) for COLS."""
@@ -35,7 +38,15 @@ def project(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
 
     Source: GaLore, Zhao et al. 2024, arXiv:2403.03507, section 3.
     """
-    return basis.T @ grad if dim is ProjectedDim.ROWS else grad @ basis
+    return coordinates(grad.T, basis).T if dim is ProjectedDim.ROWS else coordinates(grad, basis)
+
+
+def coordinates(vectors: Tensor, basis: Tensor) -> Tensor:
+    """Of vectors (t, size) in the subspace: ``V P``, (t, r), part by part where the basis is that of one part."""
+    if vectors.shape[-1] == basis.shape[0]:
+        return vectors @ basis
+    parts: Tensor = vectors.unflatten(-1, (-1, basis.shape[0])) @ basis
+    return parts.flatten(-2)
 
 
 def sketch_of(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
@@ -52,15 +63,30 @@ def add_back_projection_(weight: Tensor, update: Tensor, basis: Tensor, dim: Pro
     Args:
         weight: (m, n), changed.
         update: (r, n) for ROWS, (m, r) for COLS, already scaled.
-        basis: (m, r) or (n, r).
+        basis: (m, r) or (n, r), or that of one part.
         dim: the projected dimension.
         decay: factor of the weight, 1.0 to leave it.
     """
     update = update.to(weight.dtype)
-    if dim is ProjectedDim.ROWS:
+    if basis.shape[0] != weight.shape[0 if dim is ProjectedDim.ROWS else 1]:
+        _add_parts_(weight, update, basis, dim, decay)
+    elif dim is ProjectedDim.ROWS:
         weight.addmm_(basis, update, beta=decay)
     else:
         weight.addmm_(update, basis.T, beta=decay)
+
+
+def _add_parts_(weight: Tensor, update: Tensor, basis: Tensor, dim: ProjectedDim, decay: float) -> None:
+    size, rank = basis.shape
+    if dim is ProjectedDim.ROWS:
+        parts = weight.unflatten(0, (-1, size))
+        parts.baddbmm_(basis.expand(len(parts), -1, -1), update.unflatten(0, (-1, rank)), beta=decay)
+    elif weight.is_contiguous():  # one product; in a batch of parts it is several times as slow
+        weight.view(-1, size).addmm_(update.reshape(-1, rank), basis.T, beta=decay)
+    else:
+        parts = weight.unflatten(1, (-1, size)).transpose(0, 1)
+        updates = update.unflatten(1, (-1, rank)).transpose(0, 1)
+        parts.baddbmm_(updates, basis.T.expand(len(parts), -1, -1), beta=decay)
 
 
 def exact_basis(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import galore_fx
+from galore_fx.measurement import counted_peak
 from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.runtime.sampled_heads import SampledHeads, basis_of_heads
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis
-from tests.models import adamw, backward, batches, gpt2, llama
+from tests.models import adamw, backward, batches, gpt2, largest_error, llama, straight_and_resumed, train
 
 CROSS = {"project": "input", "cross_head": "query-key", "refresh_gap": 3, "stagger": False}
 
@@ -132,11 +133,6 @@ def test_resume_draws_the_same_heads():
 
     ids = batches(8)
 
-    def train(model, parts):
-        for batch in parts:
-            backward(model, batch)
-            model.galore_fx.optimizer.step()
-
     straight, stopped, resumed = make(), make(), make()
     train(straight, ids)
     train(stopped, ids[:6])  # the next window refreshes, before the resumed model has seen a graph
@@ -144,6 +140,61 @@ def test_resume_draws_the_same_heads():
     resumed.galore_fx.optimizer.load_state_dict(stopped.galore_fx.optimizer.state_dict())
     train(resumed, ids[6:])
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
+
+
+SHARED = CROSS | {"cross_head": "query-key-value-shared", "rank": 8}
+
+
+def by_layer(model):
+    """The records of attention inputs by the layer's name."""
+    return {record.name.split(".")[-2]: record for record in model.galore_fx.optimizer.records}
+
+
+def test_a_shared_basis_is_that_of_a_query_head_and_projects_all():
+    model, plain = galore_fx.compile(llama(1), optimizer=adamw(), **SHARED), llama(1)
+    ids = batches(1)[0]
+    backward(model, ids)
+    backward(plain, ids)
+    layers = by_layer(model)
+    query, basis, features = layers["q_proj"], layers["q_proj"].basis, layers["q_proj"].heads.features.clone()
+    assert basis is layers["k_proj"].basis is layers["v_proj"].basis is not layers["o_proj"].basis
+    attention = plain.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        expected = getattr(attention, name).weight.grad @ basis
+        torch.testing.assert_close(layers[name].leaf.grad, expected, rtol=1e-4, atol=1e-6)
+    assert layers["k_proj"].sketch_leaf.grad is None, "the query's heads alone are asked"
+    model.galore_fx.optimizer.step()
+    expected = exact_basis(attention.q_proj.weight.grad[features], 8, query.dim)
+    torch.testing.assert_close(_span(query.basis), _span(expected), atol=1e-3, rtol=0)
+    names = ("q_proj", "k_proj", "v_proj")
+    assert model.galore_fx.stats()["cross_head"] == [layers[name].name for name in names]
+    assert all(model.galore_fx.optimizer.state[layers[name].weight]["basis"] is basis for name in names)
+
+
+@pytest.mark.parametrize("moments", ["keep", "rotate"])
+def test_in_the_backward_a_shared_basis_changes_when_all_have_been_updated(moments):
+    models = [
+        galore_fx.compile(llama(1), optimizer=adamw(), update=update, moments_on_refresh=moments, **SHARED)
+        for update in ("deferred", "in-backward")
+    ]
+    for model in models:
+        train(model, batches(5))
+    assert models[0].galore_fx.stats()["num_refreshes"] == models[1].galore_fx.stats()["num_refreshes"] == 3 * 5
+    assert largest_error(*models) < 1e-5
+
+
+def test_a_shared_basis_is_kept_once_and_predicted():
+    sample = {"input_ids": batches(1)[0], "labels": batches(1)[0]}
+    plan = galore_fx.plan(llama(1), sample=sample, optimizer=adamw(), **SHARED)
+    apart = galore_fx.plan(llama(1), sample=sample, optimizer=adamw(), **SHARED | {"cross_head": "query-key-value"})
+    model = galore_fx.compile(llama(1), optimizer=adamw(), **SHARED)
+    assert counted_peak(model, sample) == plan.peak_bytes < apart.peak_bytes
+    saved = apart.prediction.kept["bases"] - plan.prediction.kept["bases"]
+    assert saved >= 2 * 64 * 8 * 4, "two bases of 64 x 8"
+
+
+def test_a_resumed_run_shares_the_same_basis():
+    straight_and_resumed(lambda: galore_fx.compile(llama(1), optimizer=adamw(), **SHARED), batches(5), 3)
 
 
 @pytest.mark.parametrize(

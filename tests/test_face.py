@@ -35,9 +35,9 @@ def test_bytes_are_printed_in_binary_units():
 
 BAD_SETTINGS = [
     ({"recipe": "galor"}, "unknown recipe 'galor'; available: auto, fira, full, galore, "),
-    ({"recipe": "vlorp"}, "planned but not built yet"),
     ({"rnak": 4}, "unknown override rnak=4; a recipe has rank"),
-    ({"granularity": 4}, "planned but not built yet"),
+    ({"granularity": 4}, "projects the parts of a dimension with one random basis, and basis='subspace-iteration'"),
+    ({"granularity": 0}, "granularity=0 must be an int of at least 1"),
     ({"lazy_threshold": 1.5}, "lazy_threshold=1.5 must be a number from 0 to 1"),
     ({"lazy_queue": 0}, "lazy_queue=0 must be an int of at least 1"),
     ({"lazy_statistic": "angle"}, "lazy_statistic='angle' is not one of overlap, first-vector"),

@@ -262,7 +262,8 @@ def test_layers_that_share_a_weight_are_trained_as_others_are():
     ("parts", "message"),
     [
         ({"weight_norm": "both"}, "weight_norm='both' is not one of row, column, or None"),
-        ({"weight_bits": 8}, "weight_bits=8 is for weights trained in a subspace of their own"),
+        ({"basis_bits": 8}, "basis_bits=8 is for weights trained in a subspace of their own"),
+        ({"weight_bits": 8, "merge_factors": True}, "adds to the frozen weight, which weight_bits=8 stores as codes"),
         ({"basis": "subspace-iteration"}, "basis='subspace-iteration' is for weights"),
         ({"residual": "sparse"}, "residual='sparse' is for weights"),
         ({"moments_on_refresh": "rotate"}, "knows one basis, and sides='two' has two"),

@@ -15,6 +15,7 @@ from galore_fx.passes.model_graph.parameter_roles import ParameterRole
 from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
 from galore_fx.runtime.group_quantizer import GROUP, stored_bytes
+from galore_fx.runtime.normalized_linear import NormalizedLinear, is_storable
 from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.sparse_residual import num_blocks, num_entries
 from galore_fx.runtime.subspace import ProjectedDim
@@ -79,13 +80,13 @@ def plan_parameters(
             rank = min(shape)
         is_two_sided = linear.is_factor and recipe.sides == "two"
         low = rank * rank if is_two_sided else math.prod(dim.projected_shape(shape, rank))
-        weight_bits = recipe.weight_bits if parameter.numel() % GROUP == 0 else None
+        weight_bits = recipe.weight_bits if parameter.numel() % GROUP == 0 and not linear.is_factor else None
         num_slots = num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
         sparse = shape[0] * num_slots
         entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes
         direction = low * element if recipe.refresh == "lotus" else 0
         is_scaled = recipe.residual == "scaled"
-        basis_elements = rank * sum(shape) if is_two_sided else math.prod(dim.basis_shape(shape, rank))
+        basis_elements = rank * sum(shape) if is_two_sided else math.prod(basis_shape(shape, dim, rank, recipe))
         stored = _stored_bytes(parameter.numel(), weight_bits, element)
         sizes = {
             "weights": 0 if linear.is_factor else stored,
@@ -102,8 +103,23 @@ def plan_parameters(
     return Plan(dataclasses.asdict(recipe), optimizer, budget_bytes, names, tuple(entries), fixed_bytes, policy)
 
 
+def fixed_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """Of buffers and frozen parameters; normalised layers' weights as the recipe stores them."""
+    layers = [module for module in model.modules() if isinstance(module, NormalizedLinear)]
+    stored = {id(layer.base_weight) for layer in layers if is_storable(layer.base_weight)}
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(b.nbytes for b in model.buffers()) + sum(
+        _stored_bytes(p.numel(), recipe.weight_bits if id(p) in stored else None, p.element_size()) for p in frozen
+    )
+
+
 def _stored_bytes(num_elements: int, bits: int | None, element: int) -> int:
     return num_elements * element if bits is None else stored_bytes(num_elements, bits)
+
+
+def basis_shape(shape: tuple[int, int], dim: ProjectedDim, rank: int, recipe: Recipe) -> tuple[int, int]:
+    """Of what is stored of a weight's basis: (size, rank), or one part's."""
+    return dim.basis_shape(shape, rank, recipe.granularity_in_force(dim.basis_shape(shape, rank)))
 
 
 def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:

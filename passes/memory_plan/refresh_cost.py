@@ -62,6 +62,8 @@ def _cost(entry: ParameterPlan, recipe: Recipe, element: int, *, is_small: bool)
         return whole, _WIDE_BYTES * (2 * m * n + short * (short + 1)), 14.0 * long * short**2 + 8.0 * short**3
     size = m if entry.dim == "rows" else n
     if recipe.basis == "random":
-        return 0, _WIDE_BYTES * size * entry.rank, 4.0 * size * entry.rank**2
+        parts = recipe.granularity_in_force((size, entry.rank))
+        size, rank = size // parts, entry.rank // parts
+        return 0, _WIDE_BYTES * size * rank, 4.0 * size * rank**2
     columns = min(entry.rank + recipe.oversampling, size)
     return size * columns * element, 3 * _WIDE_BYTES * size * columns, 9.0 * size * columns**2

@@ -14,6 +14,7 @@ Known attentions: scaled_dot_product_attention, ``softmax(Q K^T) V`` in products
 not found is projected as an ordinary matrix.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -99,6 +100,21 @@ def shared_heads(
         parts = (group.heads[index * group.num_heads // num_heads] for group in own)
         heads.append(tuple(feature for part in parts for feature in part))
     return tuple(heads) if rank <= num_heads * len(heads[0]) else None
+
+
+def same_inputs(gm: fx.GraphModule) -> dict[int, list[int]]:
+    """By the placeholder of each weight, those of all weights whose linears read the same values, itself included.
+
+    A weight that several linears read, or torch's multi-head attention, is not among them.
+    """
+    numbers = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    sites = find_linears(gm)
+    uses = collections.Counter(site.weight for site in sites)
+    single = [site for site in sites if uses[site.weight] == 1]
+    return {
+        numbers[site.weight]: [numbers[other.weight] for other in single if other.input is site.input]
+        for site in single
+    }
 
 
 def _inputs_of(parts: AttentionParts, numbers: dict[fx.Node, int]) -> list[HeadGroup]:

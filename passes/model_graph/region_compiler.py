@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import fx
 
 from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.dequantize_inputs import StoredInput, dequantize_inputs
-from galore_fx.passes.model_graph.group_heads import HeadGroup, group_heads, shared_heads
+from galore_fx.passes.model_graph.group_heads import HeadGroup, group_heads, same_inputs, shared_heads
 from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
@@ -174,7 +174,25 @@ class CapturedRegion:
         for placeholder, record in zip(self.parameters, found, strict=True):
             if record is not None and record.shared_roles and record.heads is None:
                 self._share_heads(placeholder, record)
+        self._share_bases(dict(zip(self.parameters, found, strict=True)))
         return found
+
+    def _share_bases(self, records: Mapping[int, ProjectedParameter | None]) -> None:
+        """Gives weights that read the same input, and whose heads share a basis, that of the first of them."""
+        for placeholder, record in records.items():
+            if record is None or not record.shares_basis or record.heads is None or record.basis_owner is not None:
+                continue
+            for other in self._same_inputs.get(placeholder, ()):
+                owner = records[other]
+                if owner is record:
+                    break  # the first
+                if owner is not None and owner.heads is not None and owner.basis.shape == record.basis.shape:
+                    record.share_basis(owner)
+                    break
+
+    @functools.cached_property
+    def _same_inputs(self) -> dict[int, list[int]]:
+        return same_inputs(self._gm)
 
     def _share_heads(self, placeholder: int, record: ProjectedParameter) -> None:
         """Lets the heads of a weight share a basis, if the graph shows that it has such heads."""
@@ -193,7 +211,7 @@ class CapturedRegion:
 
     def graph_inputs(self, inputs: Sequence[object], records: list[ProjectedParameter | None]) -> list[object]:
         """What the variant takes for the inputs that Dynamo gives."""
-        extra = (value for record in records if record for value in record.graph_inputs(record.form).values())
+        extra = (value for record in records if record for value in _own_inputs(record, record.form).values())
         values = [*inputs, *extra]
         wants_gradient = self._wants_gradient(records, [record.form if record else None for record in records])
         return _in_parts(values, _stored_inputs(values, wants_gradient))
@@ -256,12 +274,12 @@ class CapturedRegion:
             if record is not None and form is not None and form is not GradientForm.FULL
         ]
         targets = [
-            ProjectionTarget(index, record.name, record.dim, tuple(record.graph_inputs(form)))
+            ProjectionTarget(index, record.name, record.dim, tuple(_own_inputs(record, form)), _owner(record, wanted))
             for index, record, form in wanted
         ]
         fake_mode = self._context.fake_mode
         assert fake_mode is not None and fake_mode.shape_env is not None
-        given = (value for _, record, form in wanted for value in record.graph_inputs(form).values())
+        given = (value for _, record, form in wanted for value in _own_inputs(record, form).values())
         extra = [_fake_like(value, fake_mode) for value in given]
         values = [*self._fakes, *extra]
         stored = _stored_inputs(values, self._wants_gradient(records, forms), fake_mode)
@@ -276,6 +294,19 @@ class CapturedRegion:
         # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
         unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
         return gm.forward if unchecked else compiled
+
+
+def _own_inputs(record: ProjectedParameter, form: GradientForm) -> dict[str, torch.Tensor]:
+    """What a graph takes for a weight: not a basis that it takes for another one already."""
+    inputs = record.graph_inputs(form)
+    if record.basis_owner is not None:
+        inputs.pop("basis", None)
+    return inputs
+
+
+def _owner(record: ProjectedParameter, wanted: Sequence[tuple[int, ProjectedParameter, GradientForm]]) -> int | None:
+    """The placeholder of the weight whose basis a weight has."""
+    return next((index for index, other, _ in wanted if other is record.basis_owner), None)
 
 
 def _fake_like(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
