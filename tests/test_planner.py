@@ -160,7 +160,7 @@ def test_a_recipe_object_is_taken_as_it_is():
 
 
 def test_a_plan_survives_json_and_is_shown():
-    plan = galore_fx.plan(small(1), "1GB", sample=SAMPLE, optimizer=adamw())
+    plan = galore_fx.plan(small(1), "1GB", sample=SAMPLE, optimizer=adamw(), rank=8, activation_budget=1.0)
     assert galore_fx.Plan.from_json(plan.to_json()) == plan
     data = json.loads(plan.to_json())
     assert data["fits"] is True and data["peak_is"] == "prediction" and data["phases"]["eval"] > 0

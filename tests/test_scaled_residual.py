@@ -89,8 +89,8 @@ def test_the_peak_is_predicted_and_holds_the_full_gradients_of_one_block():
     ids = batches(1, batch=1)[0]
     sample = {"input_ids": ids, "labels": ids}
     wanted = {"sample": sample, "optimizer": adamw(), "rank": 16, "basis": "subspace-iteration"}
-    model = galore_fx.compile(llama(4, hidden=128, intermediate=256), "1GB", recipe="fira", **wanted)
-    plan = model.galore_fx.plan
+    model = galore_fx.compile(llama(4, hidden=128, intermediate=256), recipe="fira", **wanted)
+    plan = galore_fx.plan(llama(4, hidden=128, intermediate=256), recipe="fira", **wanted)
     # The update happens at the peak, and the first model of a process allocates its step's seven numbers there.
     assert counted_peak(model, sample) - plan.peak_bytes in (0, 28)
     assert kept_bytes(model, model.galore_fx.optimizer)["residuals"] == plan.prediction.kept["residuals"] == 28 * 4

@@ -213,11 +213,9 @@ def test_bytes_are_those_of_the_plan_and_the_peak_of_galore_plus_is_predicted():
     """With states in 8 bits, the entries' too, and cross-head bases."""
     ids = batches(1)[0]
     sample = {"input_ids": ids, "labels": ids}
-    model = galore_fx.compile(
-        llama(1, hidden=128, intermediate=256), "1GB", sample=sample, recipe="galore+", rank=16, optimizer=adamw(),
-        residual_density=0.3, residual_warm_up=1, refresh_gap=100, state_bits=8,
-    )  # fmt: skip
-    plan = model.galore_fx.plan
+    parts = {"recipe": "galore+", "rank": 16, "residual_density": 0.3, "residual_warm_up": 1, "state_bits": 8}
+    plan = galore_fx.plan(llama(1, hidden=128, intermediate=256), sample=sample, optimizer=adamw(), **parts)
+    model = galore_fx.compile(llama(1, hidden=128, intermediate=256), optimizer=adamw(), **parts)
     assert counted_peak(model, sample) == plan.peak_bytes
     assert sum(record.heads is not None for record in model.galore_fx.optimizer.records) == 2
     kept = kept_bytes(model, model.galore_fx.optimizer)

@@ -11,6 +11,7 @@ Each variant is a run of ``tools/train.py`` (its default model, 10 M parameters)
 import argparse
 import contextlib
 import json
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ import arithmetic
 import bench
 import classify
 import peers
+import quality_picture
 import torch
 import train
 from quality_studies import STUDIES, Study
@@ -98,8 +100,11 @@ def _write() -> None:
     for study in STUDIES.values():
         found = {name: rows[study.name, name] for name in study.variants if (study.name, name) in rows}
         if found:
-            text = textwrap.fill(study.text.format(steps=study.steps), 120)
-            sections.append(f"## {study.title}\n\n{text}\n\n{_table(study, found)}\n")
+            paragraphs = study.text.format(steps=study.steps).split("\n\n")
+            text = "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in paragraphs)
+            sections.append(f"## {study.title}\n\n{text}\n\n{_table(study, found)}\n{_over_seeds(found)}")
+            if study.name == "recipes":
+                quality_picture.draw(found, PAGE.parent / "recipes.svg")
     PAGE.write_text(_TEXT.format(torch=torch.__version__) + "\n".join(sections))
 
 
@@ -118,6 +123,21 @@ def _table(study: Study, rows: dict[str, Any]) -> str:
     }
     table = {title: [make(name, row) for name, row in rows.items()] for title, make in columns.items()}
     return tabulate({title: cells for title, cells in table.items() if any(cells)}, "keys", tablefmt="github")
+
+
+def _over_seeds(rows: dict[str, Any]) -> str:
+    """A table of the variants that have run with several seeds, the best first; empty for none."""
+    losses: dict[str, list[float]] = {}
+    for name, row in rows.items():
+        losses.setdefault(name.partition(", seed ")[0], []).append(row["held_out_loss"])
+    several = sorted((statistics.mean(found), name, found) for name, found in losses.items() if len(found) > 1)
+    if not several:
+        return ""
+    headers = ("variant", "seeds", "mean held-out loss", "lowest", "highest")
+    lines = [
+        (name, len(found), *(f"{loss:.4f}" for loss in (mean, min(found), max(found)))) for mean, name, found in several
+    ]
+    return "\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 
 def _ratio(row: dict[str, Any], other: dict[str, Any] | None, key: str) -> str:
