@@ -180,7 +180,11 @@ def test_a_step_that_exceeds_its_plan_is_warned_of_with_the_category(excess, rec
     kept = kept_bytes(model, model.galore_fx.optimizer)
     assert all(kept[name] == prediction.kept[name] for name in kept)
     watch = peak_watch.PeakWatch(
-        _Told(prediction.peak_bytes + excess), prediction.peak_bytes, kept, lambda: {**kept, "bases": 640}, 0.01
+        _Told(prediction.peak_bytes + excess),
+        prediction.peak_bytes,
+        kept,
+        lambda: {**kept, "bases": kept["bases"] + 640},
+        0.01,
     )
     model.forward.check._watch = watch
     model.galore_fx.optimizer.register_step_post_hook(lambda *_: watch.step_ends())
