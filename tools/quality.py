@@ -117,7 +117,7 @@ def _table(study: Study, rows: dict[str, Any]) -> str:
         "trained": lambda name, row: f"{row['num_trained']:,}" if "num_trained" in row else "",
         "held-out loss": lambda name, row: f"{row['held_out_loss']:.4f}",
         f"to {study.against}": lambda name, row: _ratio(row, against, "held_out_loss"),
-        "refreshes": lambda name, row: row["num_refreshes"] or "",
+        "refreshes": lambda name, row: row.get("num_refreshes") or "",
         "last stability": lambda name, row: _range(row.get("stability")),
         "peak, MiB": lambda name, row: f"{peak / 2**20:.1f}" if (peak := row.get("counted_peak_bytes")) else "",
     }
