@@ -5,7 +5,8 @@ import dataclasses
 _GAP = ["--refresh-gap", "25"]
 _LAZY = ["--recipe", "q-galore", *_GAP]
 _PLUS = ["--recipe", "galore+"]
-_MERGED = ["--recipe", "gradnormlorp", "--rank", "0.25", "--refresh-gap", "50", "--part", "merge_factors=true"]
+_FACTORS = ["--recipe", "gradnormlorp", "--rank", "0.25"]
+_MERGED = [*_FACTORS, "--refresh-gap", "50", "--part", "merge_factors=true"]
 _SMALL = ["--model", "tools/llama-3m.json"]
 _KEEP = ["--part", "moments_on_refresh=keep"]
 _DROP, _NO_HEADS = ["--part", "residual=drop"], ["--part", "cross_head=null"]
@@ -33,8 +34,14 @@ class Study:
     script: str = "train"
 
 
+_AGAIN = {"galore": ["--recipe", "galore"], "galore+": _PLUS, "fira": ["--recipe", "fira"], "gradnormlorp": _FACTORS}
 # Of the recipes on one text, by seed 0.
-_BEST = {"galore+": _PLUS, "auto": [], "galore2": ["--recipe", "galore2"], "galore": ["--recipe", "galore"]}
+_BEST = {
+    "gradnormlorp, lr 4e-3": [*_FACTORS, "--lr", "4e-3"],
+    "fira, lr 4e-3": ["--recipe", "fira", "--lr", "4e-3"],
+    "galore+, lr 4e-3": [*_PLUS, "--lr", "4e-3"],
+    "galore, lr 4e-3": ["--recipe", "galore", "--lr", "4e-3"],
+}
 
 
 def _density(share: float) -> list[str]:
@@ -84,6 +91,15 @@ _STUDIES = (
             "density 0.02, gap 5": [*_PLUS, "--refresh-gap", "5"],
             "density 0.02, gap 50": [*_PLUS, "--refresh-gap", "50"],
             "density 0.02, gap 200": [*_PLUS, "--refresh-gap", "200"],
+            **{
+                f"{name}, lr {lr}": [*parts, "--lr", lr]
+                for lr in ("4e-3", "8e-3")
+                for name, parts in {
+                    "galore": ["--recipe", "galore"],
+                    "galore+": _PLUS,
+                    "galore+ without residual": [*_PLUS, *_DROP],
+                }.items()
+            },
         },
     ),
     Study(
@@ -150,12 +166,13 @@ _STUDIES = (
                 "lotus": ["--recipe", "lotus"],
                 "fira": ["--recipe", "fira"],
                 "gradnormlorp, merged": _MERGED,
-                "gradnormlorp": ["--recipe", "gradnormlorp", "--rank", "0.25"],
+                "gradnormlorp": _FACTORS,
                 "vlorp, rank 0.25": ["--recipe", "vlorp", "--rank", "0.25"],
                 "random bases, gap 200": ["--recipe", "galore", "--part", "basis=random"],
                 "LoRA, lr 2e-3": ["lora", "--lr", "2e-3"],
                 "LoRA, lr 6e-3": ["lora", "--lr", "6e-3"],
                 "galore-torch": ["galore_torch"],
+                **{f"{name}, lr 4e-3": [*parts, "--lr", "4e-3"] for name, parts in _AGAIN.items()},
                 **{f"{name}, seed {seed}": [*parts, "--seed", seed] for name, parts in _BEST.items() for seed in "12"},
             }.items()
         },
