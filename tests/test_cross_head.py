@@ -12,6 +12,8 @@ from galore_fx.runtime.sampled_heads import SampledHeads, basis_of_heads
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama, straight_and_resumed, train
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 CROSS = {"project": "input", "cross_head": "query-key", "refresh_gap": 3, "stagger": False}
 
 
@@ -32,6 +34,7 @@ def test_a_gradient_of_nan_gives_no_basis():
     assert basis_of_heads(torch.zeros(4, 8), 2, ProjectedDim.COLS) is None
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("make", "num_shared", "recipe"), [(llama, 2, "auto"), (gpt2, 1, "galore")])
 def test_the_new_basis_is_that_of_the_drawn_heads(make, num_shared, recipe):
     """Llama: of q and of k, each its own head; GPT-2: of the rows of q, k and v together (stored as columns)."""
@@ -183,6 +186,7 @@ def test_in_the_backward_a_shared_basis_changes_when_all_have_been_updated(momen
     assert largest_error(*models) < 1e-5
 
 
+@pytest.mark.kernels
 def test_a_shared_basis_is_kept_once_and_predicted():
     sample = {"input_ids": batches(1)[0], "labels": batches(1)[0]}
     plan = galore_fx.plan(llama(1), sample=sample, optimizer=adamw(), **SHARED)

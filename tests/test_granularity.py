@@ -12,6 +12,8 @@ from galore_fx.runtime.subspace import ProjectedDim, add_back_projection_, proje
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed
 from tests.references import PlainGaLore
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 PARTS = {"recipe": "vlorp", "rank": 8, "granularity": 4, "refresh_gap": 3}
 
 
@@ -78,6 +80,7 @@ def test_a_resumed_run_draws_the_same(update):
     straight_and_resumed(make, batches(5), 3)
 
 
+@pytest.mark.kernels
 def test_the_peak_is_predicted_and_bases_are_small():
     ids = batches(1)[0]
     sample = {"input_ids": ids, "labels": ids}

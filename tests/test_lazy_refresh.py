@@ -11,6 +11,8 @@ from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, s
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis, project, random_basis, sketch_of
 from tests.models import adamw, backward, batches, llama, straight_and_resumed
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 ROWS, COLS = ProjectedDim.ROWS, ProjectedDim.COLS
 
 

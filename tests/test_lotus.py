@@ -11,6 +11,8 @@ from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshLimits, Ref
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed
 from tests.references import PlainLotus
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 PARTS = {"recipe": "lotus", "rank": 8, "lotus_interval": 2, "lotus_threshold": 0.3}
 
 

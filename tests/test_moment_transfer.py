@@ -11,6 +11,8 @@ from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.subspace import ProjectedDim
 from tests.models import adamw, backward, batches, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 class Layout:
     """Of Adam."""

@@ -14,6 +14,8 @@ from tests.models import adamw, backward, batches, gpt2, largest_error, llama, s
 from tests.references import PlainNormalized
 from tests.test_projected_backward import graphs, weight_sized_values  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 PARTS = {"recipe": "gradnormlorp", "rank": 4}
 
 
@@ -84,6 +86,7 @@ def test_a_merge_changes_the_weight_by_rounding_only_and_frees_the_factors():
     torch.testing.assert_close(made.base_norms, made.base_weight.square().sum(1))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("sides", ["one", "two"])
 def test_ten_steps_equal_a_plain_loop(sides):
     # In a new pair of bases R is diagonal: what is beside it is rounding, which a small eps would blow up.
@@ -148,6 +151,7 @@ def test_merging_goes_on_training_and_gives_the_change_more_rank():
     assert ranks[True] > ranks[False] and losses[True] < 0.7 * torch.tensor(256.0).log()
 
 
+@pytest.mark.kernels
 def test_the_peak_is_predicted_and_the_optimizer_keeps_little():
     ids = batches(1)[0]
     sample = {"input_ids": ids, "labels": ids}

@@ -16,6 +16,8 @@ from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from tests.models import adamw, assert_gradients_equal, backward, batches, gpt2, largest_error, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 Q_PARTS = {"weight_bits": 8, "basis_bits": 4, "state_bits": 8}
 
 
@@ -35,6 +37,7 @@ def quantized_parameters(model):
     return {name: p for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["Llama", "GPT-2"])
 def test_gradients_are_those_of_the_dequantised_model(make):
     model = compiled(make(2), recipe="auto", stagger=False, refresh_gap=1000)
@@ -59,6 +62,7 @@ def test_full_gradients_for_an_svd_are_those_of_the_dequantised_model():
         torch.testing.assert_close(p.grad, plain.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.kernels
 def test_at_most_one_dequantised_weight_is_alive(monkeypatch):
     """Few tokens: what a step takes besides what is kept is one weight in float32; untagged, it is every one."""
 
@@ -80,6 +84,7 @@ def test_at_most_one_dequantised_weight_is_alive(monkeypatch):
     assert untagged > 2 * whole_block
 
 
+@pytest.mark.kernels
 def test_predicted_peak_is_the_counted_one():
     """All quantised parts at once; 176 x 40 states are not whole blocks."""
     sample = {"input_ids": batches(1)[0], "labels": batches(1)[0]}

@@ -11,6 +11,8 @@ from galore_fx.runtime.subspace import ProjectedDim, random_basis
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed
 from tests.references import PlainFira
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 PARTS = {"recipe": "fira", "rank": 8, "refresh_gap": 4}
 
 
@@ -85,6 +87,7 @@ def test_resume_is_bit_identical():
     straight_and_resumed(lambda: pair(1e-3)[0], batches(7), 3)
 
 
+@pytest.mark.kernels
 def test_the_peak_is_predicted_and_holds_the_full_gradients_of_one_block():
     ids = batches(1, batch=1)[0]
     sample = {"input_ids": ids, "labels": ids}

@@ -22,6 +22,8 @@ from galore_fx.runtime.sparse_residual import (
 from galore_fx.runtime.subspace import ProjectedDim
 from tests.models import adamw, backward, batches, largest_error, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 SPARSE = {"residual": "sparse", "residual_density": 0.1, "residual_warm_up": 3, "refresh_gap": 100}
 
 
@@ -106,6 +108,7 @@ class PlainResidual:
         weight -= change
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize(("variant", "decay"), [("rectified", 0.0), ("additive", 0.0), ("rectified", 0.1)])
 def test_ten_steps_equal_a_plain_loop(variant, decay):
     """With a decay the optimizer is Adam, which adds it to the gradient: in the subspace, and at the entries."""
@@ -209,6 +212,7 @@ def test_clipping_scales_the_entries_with_the_rest():
     torch.testing.assert_close(record.residual.leaf.grad, before * 0.1 / norm, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.kernels
 def test_bytes_are_those_of_the_plan_and_the_peak_of_galore_plus_is_predicted():
     """With states in 8 bits, the entries' too, and cross-head bases."""
     ids = batches(1)[0]

@@ -1,5 +1,6 @@
 """GradNormLoRP with frozen weights in 8 bits: the training of what the codes stand for."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -9,6 +10,8 @@ from galore_fx.runtime.group_quantizer import stored_bytes
 from galore_fx.runtime.normalized_linear import NormalizedLinear
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from tests.models import adamw, backward, batches, gpt2, llama, straight_and_resumed
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 PARTS = {"recipe": "gradnormlorp", "rank": 4, "optimizer": adamw(lr=1e-2), "refresh_gap": 3}
 
@@ -49,6 +52,7 @@ def test_a_conv1d_is_stored_too_and_a_resumed_run_is_the_same():
     assert all(isinstance(layer.base_weight, QuantizedTensor) for layer in layers(straight))
 
 
+@pytest.mark.kernels
 def test_the_peak_is_predicted_and_one_wide_weight_is_alive():
     """Few tokens: what a step takes besides what is kept is one weight in float32, not those of the blocks."""
     ids = batches(1, 1, 4)[0]

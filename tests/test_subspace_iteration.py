@@ -8,6 +8,8 @@ from galore_fx.runtime.subspace import leading_columns, orthonormalize, sketch_o
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed, train
 from tests.references import PlainGaLore
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 PARTS = {"rank": 8, "oversampling": 5, "refresh_gap": 3, "stagger": False}
 
 
