@@ -126,17 +126,23 @@ def _table(study: Study, rows: dict[str, Any]) -> str:
 
 
 def _over_seeds(rows: dict[str, Any]) -> str:
-    """A table of the variants that have run with several seeds, the best first; empty for none."""
-    losses: dict[str, list[float]] = {}
+    """A table of the variants that have run with several seeds, the lowest loss first; empty for none."""
+    seeds: dict[str, list[dict[str, Any]]] = {}
     for name, row in rows.items():
-        losses.setdefault(name.partition(", seed ")[0], []).append(row["held_out_loss"])
-    several = sorted((statistics.mean(found), name, found) for name, found in losses.items() if len(found) > 1)
+        seeds.setdefault(name.partition(", seed ")[0], []).append(row)
+    several = {name: found for name, found in seeds.items() if len(found) > 1}
     if not several:
         return ""
-    headers = ("variant", "seeds", "mean held-out loss", "lowest", "highest")
-    lines = [
-        (name, len(found), *(f"{loss:.4f}" for loss in (mean, min(found), max(found)))) for mean, name, found in several
-    ]
+    measures = {"held_out_loss": "loss", "exact_match": "exact match", "accuracy": "accuracy"}
+    measured = [key for key in measures if all(key in row for found in several.values() for row in found)]
+    headers = ["variant", "seeds", *(f"{measures[key]}: {what}" for key in measured for what in ("mean", "range"))]
+    lines = []
+    for name, found in sorted(several.items(), key=lambda item: statistics.mean(r["held_out_loss"] for r in item[1])):
+        line: list[Any] = [name, len(found)]
+        for key in measured:
+            values, form = [row[key] for row in found], "{:.4f}" if key == "held_out_loss" else "{:.1%}"
+            line += [form.format(statistics.mean(values)), f"{form} to {form}".format(min(values), max(values))]
+        lines.append(line)
     return "\n" + tabulate(lines, headers, tablefmt="github", disable_numparse=True) + "\n"
 
 

@@ -122,6 +122,11 @@ _STUDIES = (
             "density 0.02, moments kept": [*_PLUS, *_KEEP],
             "adamw, lr 5e-4": ["--recipe", "full", "--lr", "5e-4"],
             "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
+            **{
+                f"{name}, seed {seed}": [*parts, "--seed", seed]
+                for seed in "12"
+                for name, parts in {"galore": ["--recipe", "galore"], "galore+ (density 0.02)": _PLUS}.items()
+            },
         },
     ),
     Study(
@@ -132,7 +137,7 @@ _STUDIES = (
         "Embeddings are frozen, rank 8, LoRA by peft (alpha 16, all linear layers), compiled in the same way. At too "
         "high a learning rate both give every line the most frequent word (31.8 %).",
         steps=600,
-        against="LoRA, lr 3e-4",
+        against="LoRA, lr 6e-4",
         script="classify",
         variants={
             f"{title}, lr {lr}": ["--way", way, "--lr", lr, *parts]
@@ -142,6 +147,14 @@ _STUDIES = (
                 ("gradnormlorp, one side", "gradnormlorp", ["--part", "sides=one"], ("1e-3", "3e-3")),
             )
             for lr in rates
+        }
+        | {
+            f"{title}, seed {seed}": [*parts, "--seed", seed]
+            for title, parts in {
+                "LoRA, lr 6e-4": ["--way", "lora", "--lr", "6e-4"],
+                "gradnormlorp, lr 3e-3": ["--way", "gradnormlorp", "--lr", "3e-3"],
+            }.items()
+            for seed in "12"
         },
     ),
     Study(
