@@ -38,7 +38,12 @@ def project(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
 
     Source: GaLore, Zhao et al. 2024, arXiv:2403.03507, section 3.
     """
-    return coordinates(grad.T, basis).T if dim is ProjectedDim.ROWS else coordinates(grad, basis)
+    if dim is ProjectedDim.COLS:
+        return coordinates(grad, basis)
+    if len(grad) == len(basis):
+        return basis.T @ grad
+    parts: Tensor = basis.T @ grad.unflatten(0, (-1, len(basis)))
+    return parts.flatten(0, 1)
 
 
 def coordinates(vectors: Tensor, basis: Tensor) -> Tensor:

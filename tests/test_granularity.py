@@ -27,7 +27,9 @@ def test_the_gradient_is_projected_as_the_reshaped_one(dim):
     assert basis.shape == (upright.shape[1] // parts, 2)
     reshaped = upright.reshape(-1, basis.shape[0]) @ basis
     expected = reshaped.view(len(upright), 12) if dim is ProjectedDim.COLS else reshaped.view(len(upright), 12).T
-    torch.testing.assert_close(project(grad, basis, dim), expected)
+    projected = project(grad, basis, dim)
+    torch.testing.assert_close(projected, expected)
+    assert projected.is_contiguous()
     torch.testing.assert_close(projected_gradient(rows, cols, basis, dim), expected)
     back = (reshaped @ basis.T).view(upright.shape)
     for weight in (torch.randn(24, 36), torch.randn(36, 24).T):

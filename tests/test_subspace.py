@@ -35,6 +35,7 @@ def test_projecting_and_back_is_the_orthogonal_projection(shape, dim):
     basis = exact_basis(grad, rank, dim)
     assert basis.shape == dim.basis_shape(shape, rank)
     assert project(grad, basis, dim).shape == dim.projected_shape(shape, rank)
+    assert project(grad, basis, dim).is_contiguous(), "another layout would be another update kernel"
     weight = torch.randn(shape)
     expected = 0.5 * weight + (basis @ (basis.T @ grad) if dim is ProjectedDim.ROWS else (grad @ basis) @ basis.T)
     add_back_projection_(weight, project(grad, basis, dim), basis, dim, 0.5)
