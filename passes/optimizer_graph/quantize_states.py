@@ -12,8 +12,7 @@ Second moments are never negative and get the map without a sign, which has twic
 are is read from the graph: a sum of squares, a maximum with a magnitude.
 """
 
-import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ def quantize_states(body: fx.GraphModule, states: Sequence[str], unsigned: Colle
     for name, node in old.items():
         values[node] = inputs[name]
         if name in states:
-            values[node] = graph.call_function(decode, (inputs[name], scales[name], name not in unsigned))
+            values[node] = _inlined(graph, decode, (inputs[name], scales[name]), signed=name not in unsigned)
     written: list[tuple[fx.Node, Any]] = []
     for node in body.graph.nodes:
         if node.op == "placeholder":
@@ -60,11 +59,8 @@ def quantize_states(body: fx.GraphModule, states: Sequence[str], unsigned: Colle
                 written.append((inputs["grad"], values[node.args[0]]))
         elif node.target == "copy_" and node.args[0].target in states:
             name = node.args[0].target
-            coded = graph.call_function(encode, (values[node.args[1]], name not in unsigned))
-            written += [
-                (target, graph.call_function(operator.getitem, (coded, position)))
-                for position, target in enumerate((inputs[name], scales[name]))
-            ]
+            coded = _inlined(graph, encode, (values[node.args[1]],), signed=name not in unsigned)
+            written += zip((inputs[name], scales[name]), coded, strict=True)
         elif node.target == "copy_":
             written.append((inputs[node.args[0].target], values[node.args[1]]))
         else:
@@ -74,6 +70,16 @@ def quantize_states(body: fx.GraphModule, states: Sequence[str], unsigned: Colle
     graph.output(None)
     graph.lint()
     return fx.GraphModule({}, graph, "QuantizedBody")
+
+
+def _inlined(graph: fx.Graph, function: Callable[..., Any], arguments: Sequence[fx.Node], *, signed: bool) -> Any:
+    """What decode or encode returns, as nodes of the graph with the map's numbers as literals.
+
+    Dynamo would make inputs of them, and guards: floats are dynamic to it wherever they are read from.
+    """
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    made = function(*(fx.Proxy(node, tracer) for node in arguments), signed)
+    return tuple(each.node for each in made) if isinstance(made, tuple) else made.node
 
 
 def never_negative(branches: Sequence[tuple[LoweredStep, Sequence[float]]], states: Sequence[str]) -> set[str]:
