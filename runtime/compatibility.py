@@ -121,6 +121,20 @@ def dispatch_compiler(
     return call
 
 
+def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` of a function with symbolic sizes whose modules' floats are constants.
+
+    Dynamo makes symbols of them otherwise, whose guards torch 2.11 cannot evaluate on fake tensors.
+    """
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+
+    def call(*args: Any) -> Any:
+        with _dynamo_settings(specialize_float=True):
+            return compiled(*args)
+
+    return call
+
+
 def num_captured_graphs() -> int:
     """How many graphs Dynamo has captured so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from galore_fx.runtime.compatibility import compile_for_any_length
 from galore_fx.runtime.dispatch import own_code_object
 from galore_fx.runtime.group_quantizer import GROUP, add_and_round
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
@@ -26,7 +27,7 @@ class WeightRounding:
     """The compiled end of a step, for weights of every shape; each has a kernel of its own."""
 
     def __init__(self) -> None:
-        self._kernel: Callable[..., None] = torch.compile(own_code_object(_round_block), fullgraph=True, dynamic=True)
+        self._kernel: Callable[..., None] = compile_for_any_length(own_code_object(_round_block))
 
     def add_back_projection_(
         self, weight: QuantizedTensor, update: Tensor, basis: Tensor, dim: ProjectedDim, decay: float, key: int | None
