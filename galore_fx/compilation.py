@@ -113,6 +113,8 @@ def compile(  # noqa: A001 - the name users know from torch.compile
         request = Request(recipe=Recipe(**plan.recipe), optimizer=optimizer)
     with normalized(model, request) as (asked, normalization):
         compiled = _compiled(model, asked, plan, normalization, enforce=enforce, strict=strict)
+        if normalization is not None:
+            normalization.keep()
     model.galore_fx = compiled  # type: ignore[assignment]
     return model
 
@@ -135,7 +137,7 @@ def _compiled(
     check_budget(made)
     if enforce:
         enforce_budget(model, made.budget_bytes)
-    if normalization is not None:
+    if normalization is not None and decisions.recipe.weight_bits is not None:
         normalization.keep()  # all checks are behind; what is stored in 8 bits must not be held besides
     decisions = quantize_weights(model, decisions)
     built = build_optimizer(model, decisions, request.optimizer)

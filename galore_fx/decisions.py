@@ -22,6 +22,7 @@ from galore_fx.request import Request
 from galore_fx.runtime.compatibility import refuse_unsupported_modes
 from galore_fx.runtime.moment_transfer import check_rotates
 from galore_fx.runtime.normalized_linear import trained_parts
+from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.refresh_schedule import RefreshLimits
 from galore_fx.sample_trial import check_sample
 from galore_fx.units import format_bytes, parse_bytes
@@ -73,6 +74,11 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         raise ModelError(
             "the model's layers are normalised (a copy of one compiled with weight_norm); compile it with weight_norm, "
             "or load what its save_pretrained has written into a plain model"
+        )
+    if resolved.merge_factors and any(isinstance(part, QuantizedTensor) for part in model.parameters()):
+        raise SettingError(
+            "merge_factors=True adds to frozen weights, and this model (a copy of one compiled with weight_bits) "
+            "stores them as codes; load what its save_pretrained has written into a plain model, or leave it out"
         )
     instance = resolve_optimizer(request.optimizer, model)
     updates = UpdateCompiler(type(instance), instance.defaults, variants, state_bits=resolved.state_bits)

@@ -77,8 +77,8 @@ class Recipe:
         cross_head: the weights of an attention's queries and keys (and values) find their basis from the gradient of
             one head, or as many as the rank needs, drawn anew at each refresh (GaLore+, Liao et al. 2024,
             arXiv:2412.19820; reconstructed). With "-shared" one basis, of a head of the queries, serves the keys (and
-            values) that read the same input, too: it is kept once, and so is X P. Needs ``project="input"``. Weights in
-            which the graph shows no heads are projected as others are.
+            values) of the same rank that read the same input, too: it is kept once, and so is X P. Needs
+            ``project="input"``. Weights in which the graph shows no heads are projected as others are.
         refresh: when a basis is renewed: at a fixed gap; lazily, each weight at a gap of its own that doubles while its
             subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2); or where the gradient inside the subspace has
             stopped moving (Lotus, arXiv:2602.01233, algorithm 1), looked at every ``lotus_interval`` updates.
@@ -115,8 +115,9 @@ class Recipe:
         factor_scale: of the low-rank change.
         merge_factors: with each ``refresh_gap`` the change is added to the frozen weight and the factors start anew
             (ours, for training from random weights).
-        weight_bits: 8 to store projected weights as codes (Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.4);
-            they are dequantised for each product. A weight whose elements make no whole groups of 256 stays as it is.
+        weight_bits: 8 to store projected weights, or the frozen ones of ``weight_norm``, as codes (Q-GaLore, Zhang et
+            al. 2024, arXiv:2407.08296, section 3.4); they are dequantised for each product. A weight whose elements
+            make no whole groups of 256 stays as it is.
         rounding: how an updated weight gets back into 8 bits. To the nearest, steps that are small beside the grid are
             lost; stochastically, they are kept on average.
         basis_bits: 4 (Q-GaLore) or 8 to store the bases as codes; a quantised basis is orthonormal to a few percent.

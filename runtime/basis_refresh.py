@@ -143,8 +143,17 @@ class BasisRefresh:
     def apply_after(self, record: ProjectedParameter, updated: set[int]) -> None:
         """As ``apply_sketch``, once all weights with this one's basis have been updated, by their identities."""
         owner = record.basis_owner or record
-        if all(id(each.weight) in updated for each in self._sharing(owner)):
+        if all(id(each.weight) in updated or not each.weight.requires_grad for each in self._sharing(owner)):
             self.apply_sketch(owner)
+
+    def apply_rest(self) -> None:
+        """Renews what has been sketched and waits for a weight that got no gradient; the window is over."""
+        for key in list(self._sketches):
+            self.apply_sketch(self._records[key])
+
+    def sharers(self) -> set[int]:
+        """Identities of the weights whose basis is that of another one."""
+        return {key for key, record in self._records.items() if record.basis_owner is not None}
 
     def _sharing(self, owner: ProjectedParameter) -> list[ProjectedParameter]:
         """The weights whose basis it is, itself first."""

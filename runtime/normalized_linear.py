@@ -114,20 +114,24 @@ class NormalizedLinear(nn.Module):
 
     @torch.no_grad()
     def store_base_(self, num_bits: int) -> None:
-        """Stores W0 as codes; norms and M become those of what the codes stand for, so that W is that, too.
+        """Stores W0 as codes; norms and M become those of what the codes stand for, so that W(0) is that, too.
+
+        An M that has been trained keeps what it is to its norm.
 
         Args:
-            num_bits: of a code. A weight whose elements make no whole groups of codes stays as it is.
+            num_bits: of a code. A weight whose elements make no whole groups of codes stays as it is, as do codes.
         """
         wide = self._parameters["base_weight"]
         assert wide is not None
-        if not is_storable(wide):
+        if isinstance(wide, QuantizedTensor) or not is_storable(wide):
             return
+        before = _magnitude(self.base_norms)
         stored = QuantizedTensor.of(wide.detach(), num_bits)
         self._parameters["base_weight"] = nn.Parameter(stored, requires_grad=False)
         wide.data = wide.data.new_empty(0)
         self.base_norms.copy_(_square_norms(self._out_in(stored.dequantized()), self.by_column))
-        self.magnitude.copy_(self.base_norms.clamp_min(torch.finfo(torch.float32).tiny).sqrt())
+        after = _magnitude(self.base_norms)
+        self.magnitude.copy_(torch.where(self.magnitude == before, after, self.magnitude * (after / before)))
 
     def extra_repr(self) -> str:
         """For ``print(model)``."""
@@ -137,8 +141,7 @@ class NormalizedLinear(nn.Module):
 
     def _factor(self, parts: Mapping[str, Tensor]) -> Tensor:
         """M / ||V||, (m,) or (n,); of a row of zeros M, whatever it is divided by, is one."""
-        norms = self.square_norms(parts).clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-        return parts["magnitude"] / norms
+        return parts["magnitude"] / _magnitude(self.square_norms(parts))
 
     def _out_in(self, weight: Tensor) -> Tensor:
         return weight.T if self.in_first else weight
@@ -198,7 +201,7 @@ def normalize(
         "base_weight": nn.Parameter(weight.detach(), requires_grad=False),
         "factor_out": nn.Parameter(weight.new_zeros(m, rank)),
         "factor_in": nn.Parameter(factor_in),
-        "magnitude": nn.Parameter(base_norms.clamp_min(torch.finfo(torch.float32).tiny).sqrt()),
+        "magnitude": nn.Parameter(_magnitude(base_norms)),
         "bias": parameters.get("bias"),
     }
     # All is made; from here on nothing fails.
@@ -262,6 +265,11 @@ def _add_(base: Tensor, out: Tensor, in_: Tensor, scale: float, generator: torch
     # The lower half of a float32's bits is what bfloat16 leaves out: a random number added to it carries or not.
     noise = torch.randint(0, 2**16, wide.shape, generator=generator, dtype=torch.int32).to(wide.device)
     base.copy_(((wide.view(torch.int32) + noise) & -(2**16)).view(torch.float32))
+
+
+def _magnitude(square_norms: Tensor) -> Tensor:
+    """||V|| of its squares, above zero."""
+    return square_norms.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 
 def _square_norms(weight: Tensor, by_column: bool) -> Tensor:

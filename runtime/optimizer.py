@@ -132,6 +132,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad():
             if self.in_backward:
+                self.refreshes.apply_rest()
                 self._close_window(bool(self._updated))
             else:
                 self._step_deferred()
@@ -214,7 +215,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         before = self.counters.num_updates
         self._residuals.set_learning(state_dict.get("galore_fx", {}).get("num_updates", before))
         try:
-            extra = restore(self.state, self.param_groups, state_dict)
+            extra = restore(self.state, self.param_groups, state_dict, self.refreshes.sharers())
         except OptimizerError:
             self._residuals.set_learning(before)
             raise
@@ -330,9 +331,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 return  # R has come and the entries of its residual have not, or the other way round
             holder = record.leaf
         with torch.no_grad():
-            whole = None
+            whole = parameter.grad if record is not None and record.complement_norm is not None else None
             if record is not None and parameter.grad is not None:
-                whole = parameter.grad if record.complement_norm is not None else None
                 self.refreshes.project_full(record, parameter.grad)
                 holder = record.leaf
             grad, holder.grad = holder.grad, None

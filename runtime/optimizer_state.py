@@ -1,7 +1,7 @@
 """The optimizer's state as it is saved: tensors and numbers, restored in place with their dtypes kept."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -101,11 +101,20 @@ class Counters:
 
 
 def restore(
-    state: Mapping[torch.Tensor, dict[str, Tensor]], param_groups: list[dict[str, Any]], state_dict: dict[str, Any]
+    state: Mapping[torch.Tensor, dict[str, Tensor]],
+    param_groups: list[dict[str, Any]],
+    state_dict: dict[str, Any],
+    sharing: Collection[int] = (),
 ) -> dict[str, Any]:
     """Copies a saved state into ``state`` and the settings of ``param_groups``, after it has all been checked.
 
     ``torch.optim.Optimizer.load_state_dict`` would cast the state to the parameters' dtype and replace the tensors.
+
+    Args:
+        state: by parameter.
+        param_groups: of the optimizer.
+        state_dict: what was saved.
+        sharing: identities of the parameters whose basis is that of another one, which is read there.
 
     Returns:
         The part of the saved state that belongs to no parameter.
@@ -129,7 +138,8 @@ def restore(
         _check_same(state[parameter], saved)
     for parameter, saved in zip(parameters, states, strict=True):
         for name, value in state[parameter].items():
-            value.copy_(saved[name])
+            if name != "basis" or id(parameter) not in sharing:
+                value.copy_(saved[name])
     for group, saved in zip(param_groups, saved_groups, strict=True):
         group.update({key: value for key, value in saved.items() if key != "params"})
     return extra

@@ -38,6 +38,8 @@ class ParameterStates:
         for record in self._records.values():
             if record.basis_owner is not None:
                 self._states[record.weight]["basis"] = record.basis
+            elif record.heads is None:
+                record.shares_basis = False
 
     def settings(self, group: dict[str, Any]) -> Any:
         """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""

@@ -45,14 +45,15 @@ class ProjectedParameter:
         dim: the projected dimension.
         rank: columns of R (rows for ROWS), those of the basis times the granularity.
         basis: (m, r) for ROWS, (n, r) for COLS, or that of one part (runtime/subspace.py); the weight's dtype; changed
-            in place, never replaced.
+            in place, and replaced only by ``share_basis``.
         leaf: Z, (r, n) for ROWS, (m, r) for COLS; its ``.grad`` is R.
         sketch_leaf: shape of the basis; its ``.grad`` is the sketch of the next basis. Where heads are drawn, of the
             shape of their gradient, which is its ``.grad``.
         form: what the next forward prepares the backward to deliver.
         refresh_form: what it is when the basis is due.
         shared_roles: roles whose heads share a basis ("query", ...), if the graph shows such heads in this weight.
-        shares_basis: whether the weights of these roles that read the same input are to have one basis.
+        shares_basis: whether the weights of these roles that read the same input are to have one basis; not any more
+            once an update has used its own.
         basis_owner: whose basis this one is, None for its own.
         heads: those that are drawn, once they have been found.
         draw_key: the number that says what is drawn in this window.
@@ -105,8 +106,7 @@ class ProjectedParameter:
         extra = self.sketch_columns.shape[1] if self.sketch_columns is not None else 0
         num_entries = self.residual.columns.shape[1] if self.residual is not None else 0
         bits = getattr(self.basis, "bits", None)
-        is_shared = self.basis_owner is not None
-        return (self.dim, self.basis.shape, form, self.basis.dtype, bits, drawn, num_entries, extra, is_shared)
+        return (self.dim, self.basis.shape, form, self.basis.dtype, bits, drawn, num_entries, extra)
 
     def graph_inputs(self, form: GradientForm) -> dict[str, Tensor]:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
@@ -173,6 +173,11 @@ class ProjectedParameter:
             generator = generator_of(key)
             shape = self.sketch_columns.shape
             self.sketch_columns.copy_(torch.randn(shape, generator=generator).mul_(shape[0] ** -0.5))
+
+    @property
+    def is_underway(self) -> bool:
+        """Whether its basis may not be exchanged now: a gradient has been projected with it in this window."""
+        return self.shares_basis and self.leaf.grad is not None
 
     @property
     def draws(self) -> bool:

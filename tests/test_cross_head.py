@@ -198,7 +198,53 @@ def test_a_shared_basis_is_kept_once_and_predicted():
 
 
 def test_a_resumed_run_shares_the_same_basis():
-    straight_and_resumed(lambda: galore_fx.compile(llama(1), optimizer=adamw(), **SHARED), batches(5), 3)
+    def make():
+        return galore_fx.compile(llama(1), optimizer=adamw(), **SHARED)
+
+    straight_and_resumed(make, batches(5), 3)
+    model, fresh = make(), make()
+    start = copy.deepcopy((model.state_dict(), model.galore_fx.optimizer.state_dict()))
+    train(model, batches(2))
+    model.load_state_dict(start[0])
+    model.galore_fx.optimizer.load_state_dict(start[1])  # saved before the graph was seen, bases apart
+    for each in (model, fresh):
+        train(each, batches(2))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), fresh.parameters(), strict=True))
+
+
+def test_a_frozen_sharer_does_not_hold_up_the_others():
+    model = galore_fx.compile(llama(1), optimizer=adamw(), update="in-backward", **SHARED)
+    layers, ids = by_layer(model), batches(8)
+    train(model, ids[:1])
+    layers["v_proj"].weight.requires_grad_(False)
+    before = layers["q_proj"].basis.clone()
+    train(model, ids[1:])
+    assert not torch.equal(layers["q_proj"].basis, before)
+    assert model.galore_fx.stats()["refresh_queue"] == []
+
+
+def test_a_basis_is_not_exchanged_in_the_middle_of_a_window():
+    """The first micro-batch runs the block's own code, in eval mode; the graph is seen with the second."""
+    model, plain = galore_fx.compile(llama(1), optimizer=adamw(), **SHARED), llama(1)
+    ids, layers = batches(2), by_layer(model)
+    for each in (model, plain):
+        backward(each.eval(), ids[0])
+        backward(each.train(), ids[1])
+    key = layers["k_proj"]
+    expected = plain.model.layers[0].self_attn.k_proj.weight.grad @ key.basis
+    torch.testing.assert_close(key.leaf.grad, expected, rtol=1e-4, atol=1e-6)
+    model.galore_fx.optimizer.step()
+    train(model, ids)
+    assert key.basis_owner is None, "an update has used its own basis"
+
+
+def test_keys_of_another_rank_keep_their_basis_and_are_named():
+    model = galore_fx.compile(
+        llama(1, num_key_value_heads=2), optimizer=adamw(), **SHARED | {"rank": 0.25, "cross_head": "query-key-shared"}
+    )
+    with pytest.warns(UserWarning, match=r"k_proj.weight has a basis of \(64, 8\) and cannot share that of .*q_proj"):
+        backward(model, batches(1)[0])
+    assert by_layer(model)["k_proj"].basis_owner is None
 
 
 @pytest.mark.parametrize(

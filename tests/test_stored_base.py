@@ -1,5 +1,7 @@
 """GradNormLoRP with frozen weights in 8 bits: the training of what the codes stand for."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,8 +10,8 @@ import galore_fx
 from galore_fx.measurement import counted_peak
 from galore_fx.runtime.group_quantizer import stored_bytes
 from galore_fx.runtime.normalized_linear import NormalizedLinear
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from tests.models import adamw, backward, batches, gpt2, llama, straight_and_resumed
+from galore_fx.runtime.quantized_tensor import QuantizedTensor, stored_tensors
+from tests.models import adamw, backward, batches, gpt2, llama, straight_and_resumed, train
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
 
@@ -70,6 +72,24 @@ def test_the_peak_is_predicted_and_one_wide_weight_is_alive():
     wide = galore_fx.plan(make(), **{**parts, "weight_bits": None})
     sizes = [layer.base_weight.numel() for layer in layers(model)]
     assert wide.fixed_bytes - plan.fixed_bytes == sum(4 * size - stored_bytes(size, 8) for size in sizes)
+
+
+def test_a_trained_magnitude_stays_where_codes_are_made_and_codes_are_not_merged_into():
+    model, ids = galore_fx.compile(llama(1), **PARTS), batches(3)
+    train(model, ids)
+    with pytest.warns(UserWarning, match="compiled"):
+        stored = copy.deepcopy(model)
+    before = layers(stored)[0].magnitude / layers(stored)[0].base_norms.sqrt()
+    galore_fx.compile(stored, weight_bits=8, **PARTS)
+    after = layers(stored)[0].magnitude / layers(stored)[0].base_norms.sqrt()
+    torch.testing.assert_close(after, before)
+    assert not torch.allclose(after, torch.ones_like(after), atol=1e-5)
+    with pytest.warns(UserWarning, match="compiled"):
+        again = copy.deepcopy(stored)
+    with pytest.raises(galore_fx.SettingError, match="stores them as codes"):
+        galore_fx.compile(again, merge_factors=True, **PARTS)
+    frozen = [part for p in again.parameters() if not p.requires_grad for part in stored_tensors(p)]
+    assert galore_fx.plan(again, **PARTS).fixed_bytes == sum(t.nbytes for t in [*frozen, *again.buffers()])
 
 
 def test_a_plan_leaves_the_model_wide():

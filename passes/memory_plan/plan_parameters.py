@@ -17,6 +17,7 @@ from galore_fx.recipe import Recipe
 from galore_fx.runtime.group_quantizer import GROUP, stored_bytes
 from galore_fx.runtime.normalized_linear import NormalizedLinear, is_storable
 from galore_fx.runtime.optimizer_state import StateFormat
+from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.sparse_residual import num_blocks, num_entries
 from galore_fx.runtime.subspace import ProjectedDim
 from galore_fx.units import format_bytes
@@ -107,10 +108,14 @@ def fixed_bytes(model: nn.Module, recipe: Recipe) -> int:
     """Of buffers and frozen parameters; normalised layers' weights as the recipe stores them."""
     layers = [module for module in model.modules() if isinstance(module, NormalizedLinear)]
     stored = {id(layer.base_weight) for layer in layers if is_storable(layer.base_weight)}
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    return sum(b.nbytes for b in model.buffers()) + sum(
-        _stored_bytes(p.numel(), recipe.weight_bits if id(p) in stored else None, p.element_size()) for p in frozen
-    )
+    total = sum(b.nbytes for b in model.buffers())
+    for parameter in model.parameters():
+        if isinstance(parameter, QuantizedTensor) and not parameter.requires_grad:
+            total += sum(part.nbytes for part in parameter.parts)
+        elif not parameter.requires_grad:
+            bits = recipe.weight_bits if id(parameter) in stored else None
+            total += _stored_bytes(parameter.numel(), bits, parameter.element_size())
+    return total
 
 
 def _stored_bytes(num_elements: int, bits: int | None, element: int) -> int:

@@ -42,7 +42,7 @@ class ProjectionTarget:
         dim: the projected dimension.
         inputs: names of what the weight's record gives for the form that is wanted, in the order of the placeholders;
             a weight that wants its full gradient is no target.
-        basis_of: the weight, by its placeholder, whose basis is this one's; a target before it. None for its own.
+        basis_of: the weight, by its placeholder, whose basis is this one's; a target too. None for its own.
     """
 
     placeholder: int
@@ -63,7 +63,12 @@ def project_gradients(
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     last = placeholders[-1]
     sites: list[LinearSite | AttentionSite] = [*find_linears(gm), *find_attention_weights(gm)]
-    bases: dict[int, fx.Node] = {}
+    made: dict[int, dict[str, fx.Node]] = {}
+    for target in targets:
+        new = made[target.placeholder] = {}
+        for name in target.inputs:
+            with gm.graph.inserting_after(last):
+                last = new[name] = gm.graph.placeholder(f"{name}_{target.placeholder}")
     for target in targets:
         weight = placeholders[target.placeholder]
         uses = [site for site in sites if site.weight is weight]
@@ -74,13 +79,9 @@ def project_gradients(
                 f"{target.name} is read by {reader.format_node()}, which is not a linear layer; "
                 "its projected gradient would miss that use"
             )
-        new = {}
-        for name in target.inputs:
-            with gm.graph.inserting_after(last):
-                last = new[name] = gm.graph.placeholder(f"{name}_{target.placeholder}")
+        new = made[target.placeholder]
         if target.basis_of is not None:
-            new = {"basis": bases[target.basis_of], **new}
-        bases[target.placeholder] = new["basis"]
+            new = {"basis": made[target.basis_of]["basis"], **new}
         for site in uses:
             if isinstance(site, AttentionSite):
                 _replace_in_attention(site, (new, target.dim.value))

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from galore_fx.passes.model_graph.dequantize_inputs import StoredInput, dequanti
 from galore_fx.passes.model_graph.group_heads import HeadGroup, group_heads, same_inputs, shared_heads
 from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
+from galore_fx.passes.model_graph.share_bases import owner_place, share_bases, weight_inputs
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
 from galore_fx.runtime.compatibility import FakeTensorMode, compile_graph, current_tracing_context, tracing
@@ -171,24 +172,14 @@ class CapturedRegion:
     def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
         """The record of each parameter among the inputs, None for one that is not projected."""
         found = [REGISTRY.get(inputs[i]) for i in self.parameters]
+        new: list[int] = []
         for placeholder, record in zip(self.parameters, found, strict=True):
-            if record is not None and record.shared_roles and record.heads is None:
+            if record is not None and record.shared_roles and record.heads is None and not record.is_underway:
                 self._share_heads(placeholder, record)
-        self._share_bases(dict(zip(self.parameters, found, strict=True)))
+                new += [placeholder] if record.heads is not None else []
+        if new:
+            share_bases(new, dict(zip(self.parameters, found, strict=True)), self._same_inputs, self.heads)
         return found
-
-    def _share_bases(self, records: Mapping[int, ProjectedParameter | None]) -> None:
-        """Gives weights that read the same input, and whose heads share a basis, that of the first of them."""
-        for placeholder, record in records.items():
-            if record is None or not record.shares_basis or record.heads is None or record.basis_owner is not None:
-                continue
-            for other in self._same_inputs.get(placeholder, ()):
-                owner = records[other]
-                if owner is record:
-                    break  # the first
-                if owner is not None and owner.heads is not None and owner.basis.shape == record.basis.shape:
-                    record.share_basis(owner)
-                    break
 
     @functools.cached_property
     def _same_inputs(self) -> dict[int, list[int]]:
@@ -211,7 +202,9 @@ class CapturedRegion:
 
     def graph_inputs(self, inputs: Sequence[object], records: list[ProjectedParameter | None]) -> list[object]:
         """What the variant takes for the inputs that Dynamo gives."""
-        extra = (value for record in records if record for value in _own_inputs(record, record.form).values())
+        extra = (
+            value for record in records if record for value in weight_inputs(record, record.form, records).values()
+        )
         values = [*inputs, *extra]
         wants_gradient = self._wants_gradient(records, [record.form if record else None for record in records])
         return _in_parts(values, _stored_inputs(values, wants_gradient))
@@ -262,7 +255,8 @@ class CapturedRegion:
         self, records: list[ProjectedParameter | None], forms: Sequence[GradientForm | None]
     ) -> tuple[object, ...]:
         return tuple(
-            record.graph_key(form) if record and form else None for record, form in zip(records, forms, strict=True)
+            (record.graph_key(form), owner_place(record, records)) if record and form else None
+            for record, form in zip(records, forms, strict=True)
         )
 
     def _compile(
@@ -274,12 +268,18 @@ class CapturedRegion:
             if record is not None and form is not None and form is not GradientForm.FULL
         ]
         targets = [
-            ProjectionTarget(index, record.name, record.dim, tuple(_own_inputs(record, form)), _owner(record, wanted))
+            ProjectionTarget(
+                index,
+                record.name,
+                record.dim,
+                tuple(weight_inputs(record, form, records)),
+                None if (place := owner_place(record, records)) is None else self.parameters[place],
+            )
             for index, record, form in wanted
         ]
         fake_mode = self._context.fake_mode
         assert fake_mode is not None and fake_mode.shape_env is not None
-        given = (value for _, record, form in wanted for value in _own_inputs(record, form).values())
+        given = (value for _, record, form in wanted for value in weight_inputs(record, form, records).values())
         extra = [_fake_like(value, fake_mode) for value in given]
         values = [*self._fakes, *extra]
         stored = _stored_inputs(values, self._wants_gradient(records, forms), fake_mode)
@@ -294,19 +294,6 @@ class CapturedRegion:
         # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
         unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
         return gm.forward if unchecked else compiled
-
-
-def _own_inputs(record: ProjectedParameter, form: GradientForm) -> dict[str, torch.Tensor]:
-    """What a graph takes for a weight: not a basis that it takes for another one already."""
-    inputs = record.graph_inputs(form)
-    if record.basis_owner is not None:
-        inputs.pop("basis", None)
-    return inputs
-
-
-def _owner(record: ProjectedParameter, wanted: Sequence[tuple[int, ProjectedParameter, GradientForm]]) -> int | None:
-    """The placeholder of the weight whose basis a weight has."""
-    return next((index for index, other, _ in wanted if other is record.basis_owner), None)
 
 
 def _fake_like(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
