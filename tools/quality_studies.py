@@ -125,8 +125,14 @@ _STUDIES = (
             **{
                 f"{name}, seed {seed}": [*parts, "--seed", seed]
                 for seed in "12"
-                for name, parts in {"galore": ["--recipe", "galore"], "galore+ (density 0.02)": _PLUS}.items()
+                for name, parts in {
+                    "galore": ["--recipe", "galore"],
+                    "galore+ (density 0.02)": _PLUS,
+                    "density 0.02, moments kept": [*_PLUS, *_KEEP],
+                }.items()
             },
+            "galore, lr 1e-3": ["--recipe", "galore", "--lr", "1e-3"],
+            "galore+ (density 0.02), lr 1e-3": [*_PLUS, "--lr", "1e-3"],
         },
     ),
     Study(
