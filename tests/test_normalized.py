@@ -155,8 +155,9 @@ def test_merging_goes_on_training_and_gives_the_change_more_rank():
 def test_the_peak_is_predicted_and_the_optimizer_keeps_little():
     ids = batches(1)[0]
     sample = {"input_ids": ids, "labels": ids}
-    model = galore_fx.compile(llama(4, hidden=128, intermediate=256), optimizer=adamw(), **PARTS)
-    plan = galore_fx.plan(llama(4, hidden=128, intermediate=256), sample=sample, optimizer=adamw(), **PARTS)
+    parts = {"optimizer": adamw(), "weight_bits": 8, **PARTS}
+    model = galore_fx.compile(llama(4, hidden=128, intermediate=256), **parts)
+    plan = galore_fx.plan(llama(4, hidden=128, intermediate=256), sample=sample, **parts)
     assert counted_peak(model, sample) - plan.peak_bytes in (0, 28)
     kept = kept_bytes(model, model.galore_fx.optimizer)
     assert kept["factors"] == plan.prediction.kept["factors"] == sum(p.bytes["factors"] for p in plan.parameters)

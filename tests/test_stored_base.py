@@ -7,7 +7,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import galore_fx
-from galore_fx.measurement import counted_peak
 from galore_fx.runtime.group_quantizer import stored_bytes
 from galore_fx.runtime.normalized_linear import NormalizedLinear
 from galore_fx.runtime.quantized_tensor import QuantizedTensor, stored_tensors
@@ -55,7 +54,7 @@ def test_a_conv1d_is_stored_too_and_a_resumed_run_is_the_same():
 
 
 @pytest.mark.kernels
-def test_the_peak_is_predicted_and_one_wide_weight_is_alive():
+def test_one_wide_weight_is_alive():
     """Few tokens: what a step takes besides what is kept is one weight in float32, not those of the blocks."""
     ids = batches(1, 1, 4)[0]
     sample = {"input_ids": ids, "labels": ids}
@@ -65,12 +64,10 @@ def test_the_peak_is_predicted_and_one_wide_weight_is_alive():
 
     parts = {**PARTS, "rank": 1, "update": "in-backward", "weight_bits": 8}
     plan = galore_fx.plan(make(), sample=sample, **parts)
-    model = galore_fx.compile(make(), **parts)
-    assert counted_peak(model, sample) - plan.peak_bytes in (0, 28)
     kept = sum(plan.prediction.kept.values())
     assert max(plan.phases[phase] for phase in ("forward", "backward")) - kept < 1.5 * 4 * 256 * 1024
     wide = galore_fx.plan(make(), **{**parts, "weight_bits": None})
-    sizes = [layer.base_weight.numel() for layer in layers(model)]
+    sizes = [weight.numel() for block in make().model.layers for weight in block.parameters() if weight.ndim == 2]
     assert wide.fixed_bytes - plan.fixed_bytes == sum(4 * size - stored_bytes(size, 8) for size in sizes)
 
 
