@@ -14,7 +14,7 @@ from galore_fx.passes.model_graph.find_regions import LinearWeight, Region
 from galore_fx.passes.model_graph.parameter_roles import ParameterRole
 from galore_fx.plan_record import ParameterPlan, Plan
 from galore_fx.recipe import Recipe
-from galore_fx.runtime.group_quantizer import GROUP, stored_bytes
+from galore_fx.runtime.group_quantizer import stored_bytes
 from galore_fx.runtime.normalized_linear import NormalizedLinear, is_storable
 from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
@@ -81,7 +81,7 @@ def plan_parameters(
             rank = min(shape)
         is_two_sided = linear.is_factor and recipe.sides == "two"
         low = rank * rank if is_two_sided else math.prod(dim.projected_shape(shape, rank))
-        weight_bits = recipe.weight_bits if parameter.numel() % GROUP == 0 and not linear.is_factor else None
+        weight_bits = recipe.weight_bits if is_storable(parameter) and not linear.is_factor else None
         num_slots = num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
         sparse = shape[0] * num_slots
         entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes

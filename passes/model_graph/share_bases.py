@@ -54,7 +54,7 @@ def share_bases(
 def weight_inputs(record: ProjectedParameter, form: GradientForm, records: Sequence[object]) -> dict[str, Tensor]:
     """What a graph over these records takes for a weight: not a basis that it takes for another one already."""
     inputs = record.graph_inputs(form)
-    if any(other is record.basis_owner for other in records if other is not None):
+    if owner_place(record, records) is not None:
         inputs.pop("basis", None)
     return inputs
 
