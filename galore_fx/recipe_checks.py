@@ -191,7 +191,7 @@ def _check_scaled(recipe: Recipe) -> None:
     if recipe.update != "in-backward":
         raise SettingError(
             f"residual='scaled' needs the full gradients, and update={recipe.update!r} would hold all of them at once; "
-            "use update='in-backward', which holds those of one block"
+            "use update='in-backward', which makes each of them in parts"
         )
     if recipe.weight_bits is not None:
         raise SettingError(

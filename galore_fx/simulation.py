@@ -34,10 +34,10 @@ from galore_fx.passes.memory_plan.roofline import RTX_4090, this_cpu
 from galore_fx.passes.memory_plan.step_model import StepModel
 from galore_fx.passes.memory_plan.storage_counter import StorageCounter
 from galore_fx.passes.model_graph.find_regions import find_regions
+from galore_fx.passes.model_graph.order_consumers import compile_region
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
 from galore_fx.plan_record import Prediction
-from galore_fx.runtime.compatibility import compile_graph
 from galore_fx.runtime.repetition import playing_some
 from galore_fx.sample import describe_sample
 
@@ -167,4 +167,4 @@ class Training:
 
 def _compile_for_cuda(gm: fx.GraphModule, inputs: Sequence[object], activation_budget: float) -> Callable[..., Any]:
     attention_of_cuda(gm)
-    return compile_graph(gm, inputs, activation_budget)
+    return compile_region(gm, inputs, activation_budget)

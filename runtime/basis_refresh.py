@@ -88,6 +88,10 @@ class BasisRefresh:
                 record.draw(key_of(_DRAW_SEED, self.counters.num_updates, self._numbers[key]))
             record.form = record.form_of(due=self.queue.layer_of(key) in layers)
 
+    def is_due(self, record: ProjectedParameter) -> bool:
+        """Whether its basis is to be renewed in this window and has not been yet."""
+        return id(record.weight) in self._turn and id(record.weight) in self.queue.due_since
+
     def note_direction(self, record: ProjectedParameter, projected: Tensor) -> None:
         """Takes note of a gradient that an update is about to consume, where a refresh hangs on it."""
         if self.queue.displacement is not None and record.first_direction is not None:
@@ -105,8 +109,7 @@ class BasisRefresh:
 
     def project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
         """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
-        key = id(record.weight)
-        is_due = key in self._turn and key in self.queue.due_since
+        key, is_due = id(record.weight), self.is_due(record)
         if record.refresh_form is GradientForm.FULL and is_due:
             self._renew(
                 record,
@@ -120,7 +123,8 @@ class BasisRefresh:
         if record.refresh_form is GradientForm.HEADS and is_due and record.heads is not None:
             features = record.heads.features
             self._sketches.setdefault(key, grad.index_select(0 if record.dim is ProjectedDim.COLS else 1, features))
-        if record.form is not GradientForm.FULL and record.name not in self._named:
+        expected = record.form in (GradientForm.FULL, GradientForm.CONSUMED)
+        if not expected and record.name not in self._named:
             self._named.add(record.name)
             warnings.warn(
                 f"the full gradient of {record.name} was formed, and then projected: the weight is read by something "

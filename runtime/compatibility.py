@@ -50,6 +50,7 @@ __all__ = [
     "WeakTensorKeyDictionary",
     "attention_with_linear",
     "backend_settings",
+    "below_autograd",
     "compile_graph",
     "condition_of",
     "current_tracing_context",
@@ -84,16 +85,32 @@ def backend_settings(model: torch.nn.Module) -> tuple[str | None, dict[str, Any]
     return name, dict(getattr(backend, "kwargs", {}).get("options") or {})
 
 
-def compile_graph(gm: fx.GraphModule, inputs: Sequence[object], activation_budget: float = 1.0) -> Callable[..., Any]:
+def compile_graph(
+    gm: fx.GraphModule,
+    inputs: Sequence[object],
+    activation_budget: float = 1.0,
+    on_backward: Callable[[fx.GraphModule], None] | None = None,
+) -> Callable[..., Any]:
     """AOTAutograd and Inductor on a torch-level graph.
 
     Args:
         gm: the graph.
         inputs: examples of its inputs, which may be fake.
         activation_budget: what the partitioner may save, as of ``torch._functorch.config.activation_memory_budget``.
+        on_backward: changes the backward's graph in place before Inductor gets it.
     """
+
+    def compile_inner(graph: fx.GraphModule, examples: Any, **settings: Any) -> Any:
+        if on_backward is not None and settings.get("is_backward"):
+            on_backward(graph)
+        return _compile_fx.compile_fx_inner(graph, examples, **settings)
+
+    own = {} if on_backward is None else {"inner_compile": compile_inner}
     with functorch_config.patch(activation_memory_budget=activation_budget):
-        return _compile_fx.compile_fx(gm, list(inputs))  # type: ignore[return-value, arg-type]
+        return _compile_fx.compile_fx(gm, list(inputs), **own)  # type: ignore[return-value, arg-type]
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def current_tracing_context() -> TracingContext:

@@ -70,7 +70,9 @@ def _record_of(weight: object) -> tuple[ProjectedParameter, bool] | None:
         record = REGISTRY.get(weight._base)
         whole = record is not None and (weight.shape, weight.stride()) == _transposed(record.weight)
         transposed, record = whole, record if whole else None
-    usable = record is not None and record.form is not GradientForm.FULL and record.weight.requires_grad
+    # Not an update in the backward: what the block does with the weight besides is not known.
+    forms = GradientForm.FULL, GradientForm.CONSUMED
+    usable = record is not None and record.form not in forms and record.weight.requires_grad
     return (record, transposed) if usable and record is not None else None
 
 

@@ -3,21 +3,23 @@
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
 
-def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[[Tensor], None]:
-    """A post-accumulate hook that calls ``owner.method(parameter, holder)`` as long as both are alive.
+def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[..., Any]:
+    """A hook that calls ``owner.method(parameter, ...)`` with what it is given, as long as both are alive.
 
     It holds neither: a cycle through autograd's hooks is never collected.
     """
     weak_owner, weak_parameter = weakref.ref(owner), weakref.ref(parameter)
 
-    def call(holder: Tensor) -> None:
+    def call(*given: Tensor) -> Any:
         alive, known = weak_owner(), weak_parameter()
-        if alive is not None and known is not None:
-            getattr(alive, method)(known, holder)
+        if alive is None or known is None:
+            return None
+        return getattr(alive, method)(known, *given)
 
     return call
 

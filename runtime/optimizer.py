@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from galore_fx.errors import OptimizerError, UsageError
+from galore_fx.runtime.backward_updates import BackwardUpdates
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.factor_merge import FactorMerge
@@ -32,7 +33,7 @@ from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshCost, RefreshLimits, RefreshQueue
 from galore_fx.runtime.residual_training import ResidualTraining
-from galore_fx.runtime.scaled_residual import split_complement
+from galore_fx.runtime.scaled_residual import Complement
 from galore_fx.runtime.update_protocol import Updates
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -93,7 +94,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
         self._rounding_seed, self._merge = rounding_seed, merge
         self._moments_on_refresh, self._scale = moments_on_refresh, scale
-        self._updated: set[int] = set()
         self.observe: Observer = lambda _what, _grad: _NOTHING
         self._watch = GradientWatch()
         self._numbers = {id(p): i for i, p in enumerate(self._parameters())}
@@ -108,13 +108,22 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         )
         self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
         self._states = ParameterStates(updates, self.state, self._groups, self._records)
+        self._backward = BackwardUpdates(
+            self._records,
+            self.refreshes,
+            self.counters,
+            self._groups,
+            scale,
+            self._update,
+            observe=lambda what, grad: self.observe(what, grad),
+        )
         self._residuals = ResidualTraining(records, self.state, self.counters, self._states.like)
         for parameter in self._parameters():
             self.state[parameter] = self._states.new(parameter)
         for record in records:
             record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
-        self._open_window()
         self._install_hooks()
+        self._open_window()
 
     # What the user calls.
 
@@ -133,7 +142,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             if self.in_backward:
                 self.refreshes.apply_rest()
-                self._close_window(bool(self._updated))
+                self._close_window(bool(self._backward.updated))
             else:
                 self._step_deferred()
         return loss
@@ -222,7 +231,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.counters.load(extra)
         self.refreshes.queue.load_state(extra, list(map(id, self._parameters())))
         self.zero_grad()
-        self._updated.clear()
+        self._backward.close_window()
         self.refreshes.set_forms()
 
     @property
@@ -240,7 +249,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.zero_grad()
         self._states.close_window()
         self._watch.forget()
-        self._updated.clear()
+        self._backward.close_window()
         if updated:
             self.counters.num_updates += 1
             self._residuals.set_learning(self.counters.num_updates)
@@ -289,7 +298,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if record is not None and record.residual is not None:
                 yield record.residual.leaf
 
-    # In the backward.
+    # Hooks.
 
     def _install_hooks(self) -> None:
         for parameter in self._parameters():
@@ -297,69 +306,29 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if record is not None:
                 record.sketch_hook = weak_hook(self, "_keep_sketch", parameter)
                 record.sketch_leaf.register_post_accumulate_grad_hook(record.sketch_hook)
-            if not self.in_backward:
-                if record is None and self._records:
-                    parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
-                continue
-            parameter.register_post_accumulate_grad_hook(weak_hook(self, "_update_at_once", parameter))
-            if record is not None:
-                record.leaf.register_post_accumulate_grad_hook(weak_hook(self, "_update_at_once", parameter))
-                if record.residual is not None:
-                    hook = weak_hook(self, "_update_at_once", parameter)
-                    record.residual.leaf.register_post_accumulate_grad_hook(hook)
+            if record is None and self._records and not self.in_backward:
+                parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
+        if self.in_backward:
+            self._backward.install(self._parameters())
 
     def _keep_sketch(self, parameter: nn.Parameter, _leaf: Tensor) -> None:
         record = self._records[id(parameter)]
         self.refreshes.keep_sketch(record)
         if self.in_backward:
-            self.refreshes.apply_after(record, self._updated)
-
-    def _update_at_once(self, parameter: nn.Parameter, holder: Tensor) -> None:
-        """Updates a parameter whose gradient is complete, in the form it came in."""
-        if holder.grad is None or not parameter.requires_grad:
-            return  # the other form was delivered; autograd calls the hook all the same
-        if id(parameter) in self._updated:
-            raise UsageError(
-                "a second backward before optimizer.step(), or a weight that is used outside its block too: "
-                "update='in-backward' has consumed the parameter's first gradient and cannot add to it. Call "
-                "model.galore_fx.optimizer.step() after each backward, or compile with update='deferred' to accumulate "
-                "gradients"
-            )
-        record = self._records.get(id(parameter))
-        if record is not None and holder is not parameter:
-            if any(leaf.grad is None for leaf in record.gradient_leaves()):
-                return  # R has come and the entries of its residual have not, or the other way round
-            holder = record.leaf
-        with torch.no_grad():
-            whole = parameter.grad if record is not None and record.complement_norm is not None else None
-            if record is not None and parameter.grad is not None:
-                self.refreshes.project_full(record, parameter.grad)
-                holder = record.leaf
-            grad, holder.grad = holder.grad, None
-            assert grad is not None
-            # By the norm: torch.isfinite on the gradient itself would make temporaries of its size.
-            if torch.isfinite(torch.linalg.vector_norm(grad if whole is None else whole)):
-                self._update(parameter, grad, whole)
-            else:
-                self.counters.num_skipped += 1
-            self._updated.add(id(parameter))
-            if record is not None:
-                self.refreshes.apply_after(record, self._updated)
+            self.refreshes.apply_after(record, self._backward.updated)
 
     # One parameter.
 
-    def _update(self, parameter: nn.Parameter, grad: Tensor, whole: Tensor | None = None) -> None:
+    def _update(self, parameter: nn.Parameter, grad: Tensor, complement: Complement | None = None) -> None:
         group = self._groups[id(parameter)]
         settings = self._states.settings(group)  # may add a state that the settings have come to need
         state = self.state[parameter]
         record = self._records.get(id(parameter))
         started = state.get("started")
         first = started is not None and float(started) == 0.0
-        complement = None
-        with self.observe("update", grad if whole is None else whole):
+        with self.observe("update", grad):
             if record is not None:
                 self.refreshes.note_direction(record, grad)
-                complement = split_complement(record, whole, grad, group, self._scale)
             entries = self._residuals.entries(record, grad)
             self._updates.update(
                 parameter,

@@ -8,6 +8,9 @@ B = X; stored (in, out): A = X, B = dY) matrix products associate:
 
 2 t r (m + n) operations instead of 2 t m n + 2 m n r, and no value of m x n elements.
 
+Where A and B go straight to the update of the weight (``gradient_consumer.py``), R and what a refresh wants are made
+there.
+
 Not handled: double backward, forward-mode differentiation.
 """
 
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from galore_fx.runtime.gradient_consumer import consume_gradient
 from galore_fx.runtime.sampled_heads import gradient_of_heads
 from galore_fx.runtime.sparse_residual import gradient_at
 from galore_fx.runtime.subspace import ProjectedDim, coordinates
@@ -78,13 +82,15 @@ def projected_linear(
             ``leaf``: Z, shape of R; its gradient is R. ``sketch_leaf``, if given: shape of P, its gradient is the
             sketch of the next basis; with ``head_features``, (k,): shape of the gradient of these features, which is
             its own; with ``sketch_columns``, (m, p) or (n, p): (m, r + p) or (n, r + p), the sketch of these too.
-            ``residual_leaf`` and ``residual_columns``, (m, k): its gradient is G at these entries.
+            ``residual_leaf`` and ``residual_columns``, (m, k): its gradient is G at these entries. The leaf alone:
+            the weight is updated in the backward.
         layout: value of a ``WeightLayout``.
         dim: value of a ``ProjectedDim``.
 
     Returns:
         Y, (..., out).
     """
+    consumed = weight if "basis" not in inputs else None
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         # As autocast does for a linear layer; R is computed in that precision, and cast to its leaf's by autograd.
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -93,7 +99,7 @@ def projected_linear(
         inputs = {**inputs, **cast}
         bias = None if bias is None else bias.to(dtype)
     extra = (inputs.get(name) for name in _INPUTS)
-    out: Tensor = ProjectedLinear.apply(x, weight, bias, *extra, WeightLayout(layout), ProjectedDim(dim))
+    out: Tensor = ProjectedLinear.apply(x, weight, bias, *extra, consumed, WeightLayout(layout), ProjectedDim(dim))
     return out
 
 
@@ -105,13 +111,14 @@ class ProjectedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        basis: Tensor,
+        basis: Tensor | None,
         leaf: Tensor,
         sketch_leaf: Tensor | None,
         sketch_columns: Tensor | None,
         head_features: Tensor | None,
         residual_leaf: Tensor | None,
         residual_columns: Tensor | None,
+        consumed: Tensor | None,
         layout: WeightLayout,
         dim: ProjectedDim,
     ) -> Tensor:
@@ -125,8 +132,10 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
-        x, weight, bias, basis, _, sketch_leaf, sketch_columns, head_features, _, residual_columns, layout, dim = inputs
-        ctx.save_for_backward(x, weight, basis, sketch_columns, head_features, residual_columns)
+        x, weight, bias, basis, leaf, sketch_leaf, sketch_columns, head_features, _, residual_columns = inputs[:10]
+        consumed, layout, dim = inputs[10:]
+        consumer = (None, None) if consumed is None else (consumed, leaf)
+        ctx.save_for_backward(x, weight, basis, sketch_columns, head_features, residual_columns, *consumer)
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
 
@@ -134,7 +143,7 @@ class ProjectedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         """dX, None for W, db, None for P, R, the sketch or the heads' gradient, and entries of G for their leaves."""
-        x, weight, basis, sketch_columns, head_features, residual_columns = ctx.saved_tensors
+        x, weight, basis, sketch_columns, head_features, residual_columns, consumed, leaf = ctx.saved_tensors
         grad_input = None
         if ctx.needs_input_grad[0]:
             grad_input = grad_output @ (weight if ctx.layout is WeightLayout.OUT_IN else weight.T)
@@ -142,6 +151,9 @@ class ProjectedLinear(torch.autograd.Function):
         outputs = grad_output.reshape(-1, grad_output.shape[-1])
         rows, cols = (outputs, inputs) if ctx.layout is WeightLayout.OUT_IN else (inputs, outputs)
         grad_bias = outputs.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[2] else None
+        if consumed is not None:
+            projected = consume_gradient(rows, cols, consumed, leaf, [])
+            return grad_input, None, grad_bias, None, projected, *(None,) * 8
         projected = projected_gradient(rows, cols, basis, ctx.dim)
         next_basis = None
         if ctx.sketched and head_features is not None:
@@ -153,4 +165,4 @@ class ProjectedLinear(torch.autograd.Function):
                 start = torch.cat([projected, extra], dim=0 if ctx.dim is ProjectedDim.ROWS else 1)
             next_basis = sketch(rows, cols, start, ctx.dim)
         entries = None if residual_columns is None else gradient_at(rows, cols, residual_columns)
-        return grad_input, None, grad_bias, None, projected, next_basis, None, None, entries, None, None, None
+        return grad_input, None, grad_bias, None, projected, next_basis, None, None, entries, *(None,) * 4

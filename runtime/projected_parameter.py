@@ -31,6 +31,8 @@ class GradientForm(enum.Enum):
     """R, and ``G^T G P`` (or ``G G^T P``) as ``sketch_leaf.grad``: one iteration of the subspace method."""
     HEADS = "heads"
     """R, and the drawn heads' part of G as ``sketch_leaf.grad``: for a basis that all heads share."""
+    CONSUMED = "consumed"
+    """The weight is updated inside the backward's graph, from dY and X; what leaves it is of no more use."""
     FULL = "full"
     """G as ``weight.grad``: for an exact SVD."""
 
@@ -62,6 +64,8 @@ class ProjectedParameter:
         sketch_columns: random columns that are sketched besides the basis, (m, p) or (n, p); None for none.
         first_direction: the unit projected gradient that followed the basis, where a refresh hangs on it.
         complement_norm: of the last scaled residual, 0-d float32; None where the residual is not scaled.
+        consume: updates the weight from A and B of ``G = A^T B``, and returns a tensor of R's shape; None where its
+            backward cannot do that.
         is_random: whether a new basis is drawn and not found from a gradient.
         delivers_full: whether the full gradient comes in every backward, since it is small: a factor's.
         right_basis: where both sides are projected, that of the columns, (n, r); ``basis`` is then that of the rows,
@@ -87,6 +91,7 @@ class ProjectedParameter:
     sketch_columns: Tensor | None = None
     first_direction: Tensor | None = None
     complement_norm: Tensor | None = None
+    consume: Callable[[Tensor, Tensor], Tensor] | None = None
     is_random: bool = False
     delivers_full: bool = False
     right_basis: Tensor | None = None
@@ -112,6 +117,8 @@ class ProjectedParameter:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
         if form is GradientForm.FULL:
             return {}
+        if form is GradientForm.CONSUMED:
+            return {"leaf": self.leaf}
         inputs = {"basis": self.basis, "leaf": self.leaf}
         if form is not GradientForm.PROJECTED:
             inputs["sketch_leaf"] = self.sketch_leaf
@@ -186,13 +193,17 @@ class ProjectedParameter:
 
     @property
     def wants_full_gradient(self) -> bool:
-        """Whether every backward is to deliver G, for a residual that needs all of it."""
+        """Whether every backward is to make something of all of G."""
         return self.complement_norm is not None or self.delivers_full
+
+    def stop_consuming(self) -> None:
+        """Its backward delivers G from now on: what reads the weight is not one linear layer."""
+        self.consume, self.form = None, GradientForm.FULL
 
     def form_of(self, *, due: bool) -> GradientForm:
         """What the next backward is to deliver, where the basis is due and where it is not."""
         if self.wants_full_gradient:
-            return GradientForm.FULL
+            return GradientForm.FULL if self.consume is None else GradientForm.CONSUMED
         return self.refresh_form if due and not self.is_random else GradientForm.PROJECTED
 
     def project(self, value: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
     S = phi (G - P P^T G)     phi_i = ||psi(R)_i|| / ||R_i||, for each row (COLS) or column (ROWS) of G
     W <- W + back_project(L) - lr min(1, 1.01 ||S of before|| / ||S||) S
 
-psi is the optimizer's step before its learning rate. That needs the full gradients, in the backward, of one block at a
-time: the optimizer's states stay in the subspace, and the memory of gradients is that of a block.
+psi is the optimizer's step before its learning rate. G comes as A and B of ``G = A^T B``, or formed where the backward
+cannot give those. Of the former phi and the norm of S follow from R and from the norms of G's rows, for which G is
+formed a part at a time; S itself is two products, accumulated straight into W.
 
 Source: Fira, Chen et al. 2024, arXiv:2410.01623, equations of sections 4.2 and 4.3. The released code takes
 ``G - alpha P R`` and leaves Adam's bias correction out of phi; here both are as the formulas have it.
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from galore_fx.runtime.gradient_product import GradientProduct
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.subspace import ProjectedDim
 
@@ -30,58 +32,133 @@ class Complement:
     """A gradient without its projection, on its way to the weight.
 
     Attributes:
-        grad: G - P P^T G, (m, n).
-        norms: of R's rows (m, 1) or columns (1, n), float32.
         dim: the projected dimension.
+        norms: of R's rows (m, 1) or columns (1, n), float32.
         limit: 0-d float32, norm of the last S; 0 before the first. Changed in place.
         lr: the learning rate, negative where the optimizer ascends.
         scale: GaLore's alpha, which is in L and not in S.
     """
 
-    grad: Tensor
-    norms: Tensor
     dim: ProjectedDim
+    norms: Tensor
     limit: Tensor
     lr: float
     scale: float
 
-    def scaled(self, update: Tensor) -> Tensor:
-        """What is to be taken from the weight, (m, n), in the place of the gradient.
+    def join(self, update: Tensor) -> Tensor:
+        """L with what of S is in the subspace's coordinates.
 
         Args:
             update: L, the step in the subspace, learning rate and scale included; of R's shape.
         """
-        if self.lr == 0.0:
-            return self.grad.zero_()
+        raise NotImplementedError
+
+    def take_from_(self, weight: Tensor) -> None:
+        """Takes the rest of S from the weight (m, n), in place, after ``join``."""
+        raise NotImplementedError
+
+    def _phi(self, update: Tensor) -> Tensor:
         phi = _norms(update, self.dim) / (abs(self.lr) * self.scale * (self.norms + _EPS))
-        phi = torch.where(self.norms > 0, phi, 0.0)  # momentum moves a row whose gradient is zero
-        scaled: Tensor = self.grad.mul_(phi)
-        norm = torch.linalg.vector_norm(scaled, dtype=torch.float32)
+        return torch.where(self.norms > 0, phi, 0.0)  # momentum moves a row whose gradient is zero
+
+    def _step_size(self, norm: Tensor) -> Tensor:
+        """The learning rate, smaller where the norm of S has grown by too much; notes the norm."""
         shrink = torch.where(self.limit > 0, (_GROWTH * self.limit / (norm + _EPS)).clamp_max(1.0), 1.0)
         self.limit.copy_(norm * shrink)
-        return scaled.mul_(shrink * self.lr)
+        return shrink * self.lr
 
 
-def split_complement(
-    record: ProjectedParameter, grad: Tensor | None, projected: Tensor, group: Mapping[str, Any], scale: float
-) -> Complement | None:
-    """Takes the projection out of a gradient, in place.
+@dataclasses.dataclass
+class FormedComplement(Complement):
+    """One that has been formed.
+
+    Attributes:
+        grad: G - P P^T G, (m, n); then S times its step size.
+    """
+
+    grad: Tensor
+
+    def join(self, update: Tensor) -> Tensor:
+        """L as it is."""
+        if self.lr == 0.0:
+            self.grad.zero_()
+            return update
+        self.grad.mul_(self._phi(update))
+        self.grad.mul_(self._step_size(torch.linalg.vector_norm(self.grad, dtype=torch.float32)))
+        return update
+
+    def take_from_(self, weight: Tensor) -> None:
+        """All of S."""
+        weight.sub_(self.grad)
+
+
+@dataclasses.dataclass
+class FactoredComplement(Complement):
+    """One whose gradient is there as A and B.
+
+    Attributes:
+        product: those.
+        projected: R, (m, r) or (r, n), not consumed by the step.
+        energies: squared norms of the rows (m, 1) or columns (1, n) of G - P P^T G, float32.
+    """
+
+    product: GradientProduct
+    projected: Tensor
+    energies: Tensor
+    _factors: Tensor | None = None
+
+    def join(self, update: Tensor) -> Tensor:
+        """L and what S takes back of the projection."""
+        if self.lr == 0.0:
+            return update
+        phi = self._phi(update)
+        self._factors = phi * self._step_size((phi * phi * self.energies).sum().sqrt())
+        return update + (self.projected * self._factors).to(update.dtype)
+
+    def take_from_(self, weight: Tensor) -> None:
+        """G, scaled."""
+        if self._factors is not None:
+            self.product.take_from_(weight, self._factors, self.dim)
+
+
+def complement_of(
+    record: ProjectedParameter,
+    grad: Tensor | GradientProduct,
+    energies: Tensor | None,
+    projected: Tensor,
+    group: Mapping[str, Any],
+    scale: float,
+) -> Complement:
+    """What the projection leaves of a gradient.
 
     Args:
         record: of the weight.
-        grad: G, (m, n), consumed; None where only R has come.
-        projected: R, (m, r) or (r, n).
+        grad: G, (m, n), or its factors; consumed.
+        energies: those of its factors' product.
+        projected: R, (m, r) or (r, n); will be consumed by the step.
         group: the param group.
         scale: as of ``Complement``.
     """
-    if grad is None or record.complement_norm is None:
-        return None
+    assert record.complement_norm is not None
+    lr = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
+    about = (record.dim, _norms(projected, record.dim), record.complement_norm, lr, scale)
+    if isinstance(grad, GradientProduct):
+        assert energies is not None
+        missed = energies - 2 * about[1].square() + _energies_back(projected, record.basis, record.dim)
+        return FactoredComplement(*about, grad, projected.clone(), missed.clamp_min(0.0))
     if record.dim is ProjectedDim.COLS:
         grad.addmm_(projected, record.basis.T, alpha=-1)
     else:
         grad.addmm_(record.basis, projected, alpha=-1)
-    lr = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
-    return Complement(grad, _norms(projected, record.dim), record.dim, record.complement_norm, lr, scale)
+    return FormedComplement(*about, grad)
+
+
+def _energies_back(projected: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
+    """Squared norms of the rows or columns of P R: those of R, but for what the basis is not orthonormal by."""
+    gram, low = basis.float().T @ basis.float(), projected.float()
+    if dim is ProjectedDim.COLS:
+        return (low @ gram * low).sum(1, keepdim=True)
+    return (gram @ low * low).sum(0, keepdim=True)
 
 
 def _norms(tensor: Tensor, dim: ProjectedDim) -> Tensor:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import fx
 from torch._functorch import config as functorch_config
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import compile_fx as inductor
@@ -39,8 +40,12 @@ def without_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     if request.node.get_closest_marker("kernels"):
         yield
         return
-    compile_fx = partial(inductor.compile_fx, inner_compile=lambda gm, *_, **__: make_boxed_func(gm.forward))
-    monkeypatch.setattr(inductor, "compile_fx", compile_fx)
+
+    def leave(gm: fx.GraphModule, *_: object, **__: object) -> object:
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(inductor, "compile_fx", partial(inductor.compile_fx, inner_compile=leave))
+    monkeypatch.setattr(inductor, "compile_fx_inner", leave)
     monkeypatch.setattr(region_compiler, "_REGIONS", _EAGER[0])
     monkeypatch.setattr(update_compiler, "_VARIANTS", _EAGER[1])
     with functorch_config.patch(enable_autograd_cache=False):

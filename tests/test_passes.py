@@ -121,7 +121,7 @@ def test_gradcheck_of_the_input_and_bias():
 
     def function(x, b):
         return ProjectedLinear.apply(
-            x, w.detach(), b, basis, leaf, *(None,) * 5, WeightLayout.OUT_IN, ProjectedDim.COLS
+            x, w.detach(), b, basis, leaf, *(None,) * 6, WeightLayout.OUT_IN, ProjectedDim.COLS
         )
 
     assert torch.autograd.gradcheck(function, (x, b))

@@ -12,6 +12,8 @@ from torch._inductor.compile_fx import compile_fx
 
 import galore_fx
 from galore_fx.passes.model_graph import region_compiler
+from galore_fx.passes.model_graph.order_consumers import order_consumers
+from galore_fx.runtime.gradient_consumer import consume_gradient
 from galore_fx.runtime.projected_parameter import GradientForm
 from tests.models import adamw, backward, batches, llama
 
@@ -32,7 +34,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
 
     monkeypatch.setattr(
         region_compiler,
-        "compile_graph",
+        "compile_region",
         lambda gm, inputs, activation_budget: compile_fx(gm, list(inputs), inner_compile=keep),
     )
     # AOTAutograd answers from its cache on disk without calling anyone, where a graph has been compiled before.
@@ -100,3 +102,18 @@ def test_the_forward_keeps_the_projected_input_where_it_can(graphs):
     backward(model, batches(1, BATCH, SEQ)[0])
     saved = [node.meta["val"] for node in graphs[1].graph.nodes if node.op == "placeholder"]
     assert any(tuple(value.shape) == (BATCH * SEQ, 8) for value in saved if isinstance(value, torch.Tensor))
+
+
+def test_an_update_in_the_backward_forms_no_gradient_and_comes_after_all_that_reads_its_weight(graphs):
+    model = llama(num_layers=1, num_key_value_heads=2)
+    galore_fx.compile(model, recipe="fira", basis="subspace-iteration", rank=8, optimizer=adamw())
+    backward(model, batches(1, BATCH, SEQ)[0])
+    shapes = {tuple(record.weight.shape) for record in model.galore_fx.optimizer.records}
+    assert all(weight_sized_values(gm, shapes) == [] for gm in graphs)
+    order_consumers(graphs[1])
+    consumers = graphs[1].graph.find_nodes(op="call_function", target=consume_gradient)
+    assert len(consumers) == 7
+    # What is made of each weight here: its layer's dX.
+    assert all(
+        len(after) == 1 and after[0].target is torch.ops.aten.mm.default for *_, after in (c.args for c in consumers)
+    )

@@ -95,7 +95,7 @@ def plan_parameters(
             "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
             "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes + direction,
             "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states if sparse else 4 * is_scaled,
-            "gradients": (low + sparse + (is_scaled or linear.is_factor) * parameter.numel()) * element,
+            "gradients": (low + sparse + linear.is_factor * parameter.numel()) * element,
         }
         about = (role.description, role.shared_with, weight_bits)
         entries.append(ParameterPlan(name, shape, index, dim.value, rank, sizes, *about))

@@ -85,6 +85,15 @@ def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
     return [site for node in gm.graph.nodes for site in _product(node)]
 
 
+def read_by_one_linear(gm: fx.GraphModule) -> frozenset[int]:
+    """The inputs of the graph, by their places, that one product reads and nothing else."""
+    places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    alone = (
+        s for s in find_linears(gm) if len(s.weight.users) == 1 and (s.reader is s.node or len(s.reader.users) == 1)
+    )
+    return frozenset(places[site.weight] for site in alone)
+
+
 def read_product(node: fx.Node) -> LinearSite:
     """The site at a node that is known to be one."""
     (site,) = _product(node)

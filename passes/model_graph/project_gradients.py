@@ -80,7 +80,7 @@ def project_gradients(
                 "its projected gradient would miss that use"
             )
         new = made[target.placeholder]
-        if target.basis_of is not None:
+        if target.basis_of is not None and "basis" in made[target.basis_of]:
             new = {"basis": made[target.basis_of]["basis"], **new}
         for site in uses:
             if isinstance(site, AttentionSite):
@@ -100,6 +100,9 @@ def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs
         what += " with the next basis's sketch"
     if any("residual_leaf" in target.inputs for target in targets):
         what += " and some entries of G"
+    num_consumed = sum(target.inputs == ("leaf",) for target in targets)
+    if num_consumed:
+        what += f", {num_consumed} of them after the weight's update"
     num_shared = sum("head_features" in target.inputs for target in targets)
     if num_shared:
         what += f", {num_shared} of them from some heads"

@@ -20,13 +20,15 @@ from torch import fx
 
 from galore_fx.errors import CaptureError
 from galore_fx.passes.model_graph.dequantize_inputs import StoredInput, dequantize_inputs
+from galore_fx.passes.model_graph.find_linears import read_by_one_linear
 from galore_fx.passes.model_graph.group_heads import HeadGroup, group_heads, same_inputs, shared_heads
 from galore_fx.passes.model_graph.inline_checkpoints import inline_checkpoints
+from galore_fx.passes.model_graph.order_consumers import compile_region
 from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, project_gradients
 from galore_fx.passes.model_graph.share_bases import owner_place, share_bases, weight_inputs
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
-from galore_fx.runtime.compatibility import FakeTensorMode, compile_graph, current_tracing_context, tracing
+from galore_fx.runtime.compatibility import FakeTensorMode, current_tracing_context, tracing
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor, gradient_leaf
 
@@ -59,7 +61,7 @@ class RegionCompiler:
         self, regions: Regions | None = None, finish: FinishGraph | None = None, *, all_forms: bool = False
     ) -> None:
         self._regions = _REGIONS if regions is None else regions
-        self._finish = finish or compile_graph
+        self._finish = finish or compile_region
         self._all_forms = all_forms
         self.last_run: CapturedRegion | None = None
         self._used: dict[CapturedRegion, set[tuple[object, ...]]] = {}
@@ -174,12 +176,18 @@ class CapturedRegion:
         found = [REGISTRY.get(inputs[i]) for i in self.parameters]
         new: list[int] = []
         for placeholder, record in zip(self.parameters, found, strict=True):
+            if record is not None and record.consume is not None and placeholder not in self._read_once:
+                record.stop_consuming()
             if record is not None and record.shared_roles and record.heads is None and not record.is_underway:
                 self._share_heads(placeholder, record)
                 new += [placeholder] if record.heads is not None else []
         if new:
             share_bases(new, dict(zip(self.parameters, found, strict=True)), self._same_inputs, self.heads)
         return found
+
+    @functools.cached_property
+    def _read_once(self) -> frozenset[int]:
+        return read_by_one_linear(self._gm)
 
     @functools.cached_property
     def _same_inputs(self) -> dict[int, list[int]]:

@@ -86,13 +86,14 @@ class CompiledUpdate:
         update, factor = self.step_low(branch, grad, tensors, state, values, weight.dtype, read)
         if record.right_basis is not None:
             update = update.to(weight.dtype) @ record.right_basis.T
-        scaled = None if complement is None else complement.scaled(update)
+        if complement is not None:
+            update = complement.join(update)
         if isinstance(weight, QuantizedTensor):
             self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
         else:
             add_back_projection_(weight, update, record.basis, record.dim, factor)
-        if scaled is not None:
-            weight.sub_(scaled)
+        if complement is not None:
+            complement.take_from_(weight)
 
     @property
     def needs_weight(self) -> bool:

@@ -1,0 +1,56 @@
+"""Pass on a backward graph: whatever is made of a weight is made before the weight is updated inside the graph.
+
+    before   dX = dY W;  R = consume_gradient(dY, X, W, Z, [])
+    after    dX = dY W;  R = consume_gradient(dY, X, W, Z, [dX])
+
+requires  a graph of AOTAutograd's; nothing that reads a weight reads the R of its own consumer.
+ensures   a consumer takes every value that the graph computes from its weight, so any order of the graph is right.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from galore_fx.runtime.compatibility import compile_graph
+from galore_fx.runtime.gradient_consumer import consume_gradient
+from galore_fx.runtime.projected_linear import projected_linear
+
+_NUM_LEADING = 4  # rows, cols, weight, leaf
+
+
+def order_consumers(gm: fx.GraphModule) -> None:
+    """Fills in the last argument of each consumer, in place."""
+    for consumer in gm.graph.find_nodes(op="call_function", target=consume_gradient):
+        leading = consumer.args[:_NUM_LEADING]
+        made = list(_made_of(leading[2]))
+        last = max([*made, consumer], key=list(gm.graph.nodes).index)
+        last.append(consumer)
+        consumer.args = (*leading, made)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def compile_region(gm: fx.GraphModule, inputs: Sequence[object], activation_budget: float) -> Callable[..., Any]:
+    """AOTAutograd and Inductor on the graph of a block; the arguments are those of ``compile_graph``."""
+    linears = gm.graph.find_nodes(op="call_function", target=projected_linear)
+    has_consumers = any("basis" not in node.args[3] for node in linears)
+    return compile_graph(gm, inputs, activation_budget, on_backward=order_consumers if has_consumers else None)
+
+
+def _made_of(weight: Any) -> Iterator[fx.Node]:
+    """The tensors that are computed from a weight or a view of it."""
+    for reader in weight.users:
+        if reader.target is consume_gradient:
+            continue
+        if _is_view(reader):
+            yield from _made_of(reader)
+        elif isinstance(reader.meta.get("val"), torch.Tensor):
+            yield reader
+        else:
+            yield from reader.users
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
