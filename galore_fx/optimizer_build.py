@@ -92,7 +92,7 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
             record.residual = SparseResidual.create(
                 weight,
                 decisions.recipe.residual_density,
-                rectified=decisions.recipe.residual_variant == "rectified",
+                variant=decisions.recipe.residual_variant,
                 warm_up=decisions.recipe.residual_warm_up,
             )
         REGISTRY.add(record)

@@ -22,7 +22,8 @@ refresh_limit_bytes, refresh_limit_s  what their refreshes may add to an update
 residual      drop | sparse | scaled: the part of the gradient outside the subspace; sparse: some entries are trained
               besides; scaled: it is applied as the optimizer scales the rest
 residual_density  share of a weight's entries that are
-residual_variant  rectified | additive: full-rank steps at the entries, or steps on what the subspace misses there
+residual_variant  rectified | additive | scaled: full-rank steps at the entries; steps on what the subspace misses
+              there; or what it misses there, scaled as the optimizer scales the rest (no states)
 residual_warm_up  updates in which the entries are learnt
 weight_norm   row | column: weights are frozen, a low-rank change and a magnitude are trained; None: not
 sides         one | two: of a factor's gradient that are projected; factor_scale: of the change
@@ -46,7 +47,7 @@ Basis = Literal["svd", "subspace-iteration", "random"]
 CrossHead = Literal["query-key", "query-key-value", "query-key-shared", "query-key-value-shared"]
 MomentsOnRefresh = Literal["keep", "rotate", "reset"]
 Residual = Literal["drop", "sparse", "scaled"]
-ResidualVariant = Literal["rectified", "additive"]
+ResidualVariant = Literal["rectified", "additive", "scaled"]
 Refresh = Literal["fixed", "lazy", "lotus"]
 LazyStatistic = Literal["overlap", "first-vector"]
 WeightNorm = Literal["row", "column"]
@@ -105,8 +106,9 @@ class Recipe:
             needs ``update="in-backward"``; it works from dY and X, and forms a gradient only for an exact SVD, one
             weight's at a time.
         residual_density: share of the entries: so many columns in each block of 64 rows.
-        residual_variant: at these entries the step of full-rank training in place of the back-projected one, or the
-            optimizer's step on the error of the projection added to it.
+        residual_variant: at these entries the step of full-rank training in place of the back-projected one; or the
+            optimizer's step on the error of the projection added to it; or the error itself, scaled as by Fira, which
+            keeps no states.
         residual_warm_up: updates in which the entries are learnt, from their errors; nothing is added in them.
         weight_norm: "row" or "column": the blocks' linear weights are frozen, and what is trained of them is a low-rank
             change and a magnitude for each row or column of the sum (GradNormLoRP, Huang et al. 2024,

@@ -33,7 +33,7 @@ from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshCost, RefreshLimits, RefreshQueue
 from galore_fx.runtime.residual_training import ResidualTraining
-from galore_fx.runtime.scaled_residual import Complement
+from galore_fx.runtime.scaled_residual import Complement, complement_at
 from galore_fx.runtime.update_protocol import Updates
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
@@ -330,6 +330,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if record is not None:
                 self.refreshes.note_direction(record, grad)
             entries = self._residuals.entries(record, grad)
+            if record is not None and entries is not None and record.residual_is_scaled:
+                complement, entries = complement_at(record, entries, grad, group, self._scale), None
             self._updates.update(
                 parameter,
                 grad,

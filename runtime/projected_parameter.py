@@ -182,6 +182,11 @@ class ProjectedParameter:
             self.sketch_columns.copy_(torch.randn(shape, generator=generator).mul_(shape[0] ** -0.5))
 
     @property
+    def residual_is_scaled(self) -> bool:
+        """Whether its entries are trained without states."""
+        return self.residual is not None and self.residual.variant == "scaled"
+
+    @property
     def is_underway(self) -> bool:
         """Whether its basis may not be exchanged now: a gradient has been projected with it in this window."""
         return self.shares_basis and self.leaf.grad is not None

@@ -1,7 +1,7 @@
 """The residuals of a model's projected weights: what of their gradients is used, and the states that they keep.
 
 While the entries are learnt a weight keeps their scores, a number for each column of a block of rows; then the
-optimizer's states, of the entries' shape.
+optimizer's states, of the entries' shape, or the norm of what was added last.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +30,8 @@ def new_residual_state(record: ProjectedParameter, make_state: MakeState) -> dic
         return {}
     if residual.scores is not None:
         return {"columns": residual.columns, "scores": residual.scores}
+    if residual.norm is not None:
+        return {"columns": residual.columns, f"{RESIDUAL}norm": residual.norm}
     own = make_state(record.weight, residual.leaf)
     return {"columns": residual.columns, **{RESIDUAL + name: value for name, value in own.items()}}
 
@@ -69,7 +71,7 @@ class ResidualTraining:
         if record is None or residual is None or residual.leaf.grad is None:
             return None
         entries, residual.leaf.grad = residual.leaf.grad, None
-        if residual.is_learning or not residual.rectified:
+        if residual.is_learning or residual.variant != "rectified":
             entries = entries - back_projection_at(projected, record.basis, record.dim, residual.columns)
         if not residual.is_learning:
             return entries

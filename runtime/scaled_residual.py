@@ -3,9 +3,11 @@
     S = phi (G - P P^T G)     phi_i = ||psi(R)_i|| / ||R_i||, for each row (COLS) or column (ROWS) of G
     W <- W + back_project(L) - lr min(1, 1.01 ||S of before|| / ||S||) S
 
-psi is the optimizer's step before its learning rate. G comes as A and B of ``G = A^T B``, or formed where the backward
-cannot give those. Of the former phi and the norm of S follow from R and from the norms of G's rows, for which G is
-formed a part at a time; S itself is two products, accumulated straight into W.
+psi is the optimizer's step before its learning rate. Of all entries, or of some of them (sparse_residual.py).
+
+Of all: G comes as A and B of ``G = A^T B``, or formed where the backward cannot give those. Of the former phi and the
+norm of S follow from R and from the norms of G's rows, for which G is formed a part at a time; S itself is two
+products, accumulated straight into W.
 
 Source: Fira, Chen et al. 2024, arXiv:2410.01623, equations of sections 4.2 and 4.3. The released code takes
 ``G - alpha P R`` and leaves Adam's bias correction out of phi; here both are as the formulas have it.
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from galore_fx.runtime.gradient_product import GradientProduct
 from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.sparse_residual import add_at_, entries_of
 from galore_fx.runtime.subspace import ProjectedDim
 
 # The norm of S may grow by so much from one update to the next.
@@ -121,6 +124,51 @@ class FactoredComplement(Complement):
             self.product.take_from_(weight, self._factors, self.dim)
 
 
+@dataclasses.dataclass
+class SparseComplement(Complement):
+    """Some entries of one.
+
+    Attributes:
+        errors: G - P P^T G at the entries, (m, k); then S times its step size.
+        columns: (b, k) int32, which entries.
+    """
+
+    errors: Tensor
+    columns: Tensor
+
+    def join(self, update: Tensor) -> Tensor:
+        """L as it is."""
+        if self.lr == 0.0:
+            self.errors.zero_()
+            return update
+        phi = self._phi(update)
+        if self.dim is ProjectedDim.ROWS:
+            phi = entries_of(phi.expand(self.errors.shape[0], -1), self.columns)
+        self.errors.mul_(phi)
+        self.errors.mul_(self._step_size(torch.linalg.vector_norm(self.errors, dtype=torch.float32)))
+        return update
+
+    def take_from_(self, weight: Tensor) -> None:
+        """All of S."""
+        add_at_(weight, self.columns, self.errors.neg_())
+
+
+def complement_at(
+    record: ProjectedParameter, errors: Tensor, projected: Tensor, group: Mapping[str, Any], scale: float
+) -> Complement:
+    """What the projection leaves of a gradient at the entries of the weight's residual.
+
+    Args:
+        record: of the weight.
+        errors: G - P P^T G there, (m, k); consumed.
+        projected, group, scale: as of ``complement_of``.
+    """
+    residual = record.residual
+    assert residual is not None and residual.norm is not None
+    about = (record.dim, _norms(projected, record.dim), residual.norm, _learning_rate(group), scale)
+    return SparseComplement(*about, errors, residual.columns)
+
+
 def complement_of(
     record: ProjectedParameter,
     grad: Tensor | GradientProduct,
@@ -140,8 +188,7 @@ def complement_of(
         scale: as of ``Complement``.
     """
     assert record.complement_norm is not None
-    lr = -float(group["lr"]) if group.get("maximize") else float(group["lr"])
-    about = (record.dim, _norms(projected, record.dim), record.complement_norm, lr, scale)
+    about = (record.dim, _norms(projected, record.dim), record.complement_norm, _learning_rate(group), scale)
     if isinstance(grad, GradientProduct):
         assert energies is not None
         missed = energies - 2 * about[1].square() + _energies_back(projected, record.basis, record.dim)
@@ -151,6 +198,10 @@ def complement_of(
     else:
         grad.addmm_(record.basis, projected, alpha=-1)
     return FormedComplement(*about, grad)
+
+
+def _learning_rate(group: Mapping[str, Any]) -> float:
+    return -float(group["lr"]) if group.get("maximize") else float(group["lr"])
 
 
 def _energies_back(projected: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:

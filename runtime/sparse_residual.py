@@ -5,6 +5,8 @@
 
     rectified        the optimizer's step on G at the entries takes the place of the back-projected one there
     additive         E = G - back_project(R) at the entries; the optimizer's step on E is added there
+    scaled           E itself is added there, scaled as the optimizer scales the rest: Fira's formula
+                     (scaled_residual.py) at some entries, without states and with gradients that accumulate
 
 *Rectified* is what correcting the moments amounts to: the first moment is linear, so the back-projected one plus that
 of E is the first moment of G (as long as the basis stays, and rightly so when it changes); the second is not linear and
@@ -20,7 +22,7 @@ columns that are not kept, in turn. So nothing of the weight's size is held, and
 columns. All have had their turn after about 2 / density updates.
 
 Source: GaLore+, Liao et al. 2024, arXiv:2412.19820 (sparsely coded residuals, indices learnt in a warm-up); the body of
-the paper was not at hand: both variants, the blocks and the contest for them are reconstructed.
+the paper was not at hand: the variants, the blocks and the contest for them are reconstructed, *scaled* is ours.
 """
 
 import dataclasses
@@ -51,33 +53,37 @@ class SparseResidual:
     Attributes:
         columns: (b, k) int32, different ones in each block; changed in place.
         leaf: Z, (m, k); its ``.grad`` is G at the entries.
-        rectified: which variant.
+        variant: rectified, additive or scaled.
         warm_up: updates in which the entries are learnt.
         scores: (b, k) float32, running mean of |E| of each slot, 0 for one that has not been measured; None once the
             entries are learnt.
+        norm: where it is scaled, of what was added last, 0-d float32.
     """
 
     columns: Tensor
     leaf: Tensor
-    rectified: bool
+    variant: str
     warm_up: int
     scores: Tensor | None = None
+    norm: Tensor | None = None
 
     @classmethod
-    def create(cls, weight: Tensor, density: float, *, rectified: bool, warm_up: int) -> "SparseResidual":
+    def create(cls, weight: Tensor, density: float, *, variant: str, warm_up: int) -> "SparseResidual":
         """For a weight (m, n): evenly spread entries, which the warm-up replaces.
 
         Args:
             weight: the weight.
             density: share of its entries.
-            rectified, warm_up: as of the class.
+            variant, warm_up: as of the class.
         """
         num_rows, num_columns = weight.shape
         num_slots = num_entries(density, num_columns)
         steps = torch.arange(num_slots) * num_columns // num_slots
         starts = torch.arange(num_blocks(num_rows))[:, None] * _STRIDE
         columns = ((steps + starts) % num_columns).to(torch.int32).to(weight.device)
-        residual = cls(columns, storage_free_leaf((num_rows, num_slots), weight), rectified, warm_up)
+        residual = cls(columns, storage_free_leaf((num_rows, num_slots), weight), variant, warm_up)
+        if variant == "scaled":
+            residual.norm = torch.zeros((), device=weight.device)
         residual.set_learning(0)
         return residual
 
@@ -87,6 +93,8 @@ class SparseResidual:
             self.scores = None
         elif self.scores is None:
             self.scores = torch.zeros_like(self.columns, dtype=torch.float32)
+            if self.norm is not None:
+                self.norm.zero_()
 
     @property
     def is_learning(self) -> bool:

@@ -65,7 +65,7 @@ def test_entries_of_the_gradient_and_of_a_back_projection(t, m, n, data, block, 
 
 def test_the_warm_up_finds_the_largest_errors_and_never_a_column_twice():
     m, n, warm_up = 12 * 64 - 5, 60, 60
-    residual = SparseResidual.create(torch.zeros(m, n), 0.1, rectified=True, warm_up=warm_up)
+    residual = SparseResidual.create(torch.zeros(m, n), 0.1, variant="rectified", warm_up=warm_up)
     large = _columns(12, n, 3)  # half of the slots, which the contest is about
     mean = torch.full((m, n), 0.1).scatter(1, _rows(large, m), 1.0)
     for update in range(warm_up):
@@ -84,7 +84,14 @@ class PlainResidual:
 
     def __init__(self, variant, scale, lr=1e-3):
         self.variant, self.scale, self.lr = variant, scale, lr
-        self.moments = {}
+        self.moments, self.norms = {}, {}
+
+    def limited(self, name, scaled):
+        norm, before = scaled.norm(), self.norms.get(name)
+        if before is not None and norm > 1.01 * before:
+            scaled = scaled * 1.01 * before / norm
+        self.norms[name] = scaled.norm()
+        return scaled
 
     def adam(self, key, grad):
         first, second, step = self.moments.get(key, (torch.zeros_like(grad), torch.zeros_like(grad), 0))
@@ -103,13 +110,19 @@ class PlainResidual:
         if columns is not None:
             at = _rows(columns, len(grad))
             of = grad if self.variant == "rectified" else grad - inside
+            if self.variant == "scaled":
+                phi = update.norm(dim=int(right), keepdim=True) / (self.lr * low.norm(dim=int(right), keepdim=True))
+                weight -= change.scatter_add(1, at, self.lr * self.limited(name, (phi * of).gather(1, at)))
+                return
             extra = self.scale * self.adam(name + "/entries", of.gather(1, at))
             change = change.scatter(1, at, extra) if self.variant == "rectified" else change.scatter_add(1, at, extra)
         weight -= change
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize(("variant", "decay"), [("rectified", 0.0), ("additive", 0.0), ("rectified", 0.1)])
+@pytest.mark.parametrize(
+    ("variant", "decay"), [("rectified", 0.0), ("additive", 0.0), ("scaled", 0.0), ("rectified", 0.1)]
+)
 def test_ten_steps_equal_a_plain_loop(variant, decay):
     """With a decay the optimizer is Adam, which adds it to the gradient: in the subspace, and at the entries."""
     optimizer = functools.partial(torch.optim.Adam, lr=1e-3, weight_decay=decay) if decay else adamw()
@@ -145,23 +158,23 @@ def _train(model, ids, parts=1):
         model.galore_fx.optimizer.step()
 
 
-def test_in_the_backward_and_in_micro_batches_it_is_the_same():
+@pytest.mark.parametrize("variant", ["rectified", "scaled"])
+def test_in_the_backward_and_in_micro_batches_it_is_the_same(variant):
     """With an SVD in the fifth window too, where the whole gradient arrives."""
     ids = batches(6)
     made = []
+    given = SPARSE | {"refresh_gap": 4, "residual_variant": variant}
     for update, parts in (("deferred", 1), ("in-backward", 1), ("deferred", 2)):
-        model = galore_fx.compile(
-            llama(1), recipe="galore", rank=8, optimizer=adamw(), update=update, **SPARSE | {"refresh_gap": 4}
-        )
+        model = galore_fx.compile(llama(1), recipe="galore", rank=8, optimizer=adamw(), update=update, **given)
         _train(model, ids, parts)
         made.append(model)
     assert all(largest_error(made[0], other) < 2e-5 for other in made[1:])
 
 
-@pytest.mark.parametrize("stop", [2, 5])
-def test_resume_is_bit_identical_while_entries_are_learnt_and_after(stop):
+@pytest.mark.parametrize(("stop", "variant"), [(2, "rectified"), (5, "rectified"), (5, "scaled")])
+def test_resume_is_bit_identical_while_entries_are_learnt_and_after(stop, variant):
     def make():
-        return galore_fx.compile(llama(1), rank=8, optimizer=adamw(), **SPARSE)
+        return galore_fx.compile(llama(1), rank=8, optimizer=adamw(), residual_variant=variant, **SPARSE)
 
     ids = batches(8)
     straight, stopped, resumed = make(), make(), make()
@@ -238,7 +251,7 @@ def test_bytes_are_those_of_the_plan_and_the_peak_of_galore_plus_is_predicted():
         ({"residual_warm_up": 0}, "residual_warm_up=0 must be an int of at least 1"),
         ({"weight_bits": 8}, "which weight_bits=8 keeps in groups"),
         ({"recipe": "full"}, "recipe 'full' projects none"),
-        ({"residual_variant": "both"}, "'both' is not one of rectified, additive"),
+        ({"residual_variant": "both"}, "'both' is not one of rectified, additive, scaled"),
         ({"residual": "all"}, "'all' is not one of drop, sparse, scaled"),
     ],
 )

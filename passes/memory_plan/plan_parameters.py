@@ -22,7 +22,7 @@ from galore_fx.runtime.sparse_residual import num_blocks, num_entries
 from galore_fx.runtime.subspace import ProjectedDim
 from galore_fx.units import format_bytes
 
-_SCALAR_STATE_BYTES = 4
+_SCALAR_STATE_BYTES = _NORM_BYTES = 4
 # Of the number of a column that belongs to a residual.
 _COLUMN_BYTES = 4
 
@@ -85,6 +85,8 @@ def plan_parameters(
         num_slots = num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
         sparse = shape[0] * num_slots
         entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes
+        if recipe.residual_variant == "scaled":
+            entry_states = _NORM_BYTES
         direction = low * element if recipe.refresh == "lotus" else 0
         is_scaled = recipe.residual == "scaled"
         basis_elements = rank * sum(shape) if is_two_sided else math.prod(basis_shape(shape, dim, rank, recipe))
@@ -94,7 +96,9 @@ def plan_parameters(
             "factors": stored if linear.is_factor else 0,
             "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
             "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes + direction,
-            "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states if sparse else 4 * is_scaled,
+            "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states
+            if sparse
+            else _NORM_BYTES * is_scaled,
             "gradients": (low + sparse + linear.is_factor * parameter.numel()) * element,
         }
         about = (role.description, role.shared_with, weight_bits)

@@ -43,10 +43,10 @@ class ResidualStep:
         """Takes what is wanted of the weight before the rest of the update changes it."""
         record, residual = self.record, self.record.residual
         assert residual is not None
-        if not (residual.rectified or self.compiled.needs_weight):
+        if not (residual.variant == "rectified" or self.compiled.needs_weight):
             return
         self._before = before = entries_of(weight, residual.columns)
-        if self.compiled.needs_weight and residual.rectified:  # an L2 decay
+        if self.compiled.needs_weight and residual.variant == "rectified":  # an L2 decay
             self._read = before.clone()
         elif self.compiled.needs_weight:  # the part inside the subspace decays there
             inside = project(weight, record.basis, record.dim)
@@ -65,7 +65,7 @@ class ResidualStep:
         change, factor = self.compiled.step_low(
             self.branch, entries, self.tensors, self.state, values, weight.dtype, self._read
         )
-        if residual.rectified:
+        if residual.variant == "rectified":
             assert self._before is not None
             set_at_(weight, residual.columns, self._before.mul_(factor).add_(change))
         else:
