@@ -87,7 +87,7 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
         if decisions.recipe.refresh == "lotus":
             record.first_direction = torch.zeros(record.leaf.shape, dtype=record.leaf.dtype, device=weight.device)
         if decisions.recipe.residual == "scaled":
-            record.complement_norm = torch.zeros((), device=weight.device)
+            record.complement_norm, record.consumes = torch.zeros((), device=weight.device), True
         if decisions.recipe.residual == "sparse":
             record.residual = SparseResidual.create(
                 weight,

@@ -3,7 +3,8 @@
     full gradient, R, entries     a hook on what autograd adds it up in
     A and B of G = A^T B          a call out of the backward's graph (gradient_consumer.py)
 
-One window has one update of each parameter; a second gradient could not be added to the first.
+One window has one update of each parameter; a second gradient could not be added to the first. Where a weight whose
+gradient is consumed has been used twice, which one backward may go through, G is formed and waits for ``finish``.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from galore_fx.errors import UsageError
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
+from galore_fx.runtime.compatibility import accumulates
 from galore_fx.runtime.gradient_hooks import weak_hook
 from galore_fx.runtime.gradient_product import GradientProduct
 from galore_fx.runtime.optimizer_state import Counters
@@ -61,13 +63,21 @@ class BackwardUpdates:
             holders = [parameter, *(record.gradient_leaves() if record is not None else ())]
             for holder in holders:
                 holder.register_post_accumulate_grad_hook(weak_hook(self, "take", parameter))
-            if record is not None and record.complement_norm is not None:
+            if record is not None and record.consumes:
                 record.consume = weak_hook(self, "consume", parameter)
+
+    def finish(self) -> None:
+        """Updates what has waited for more of its gradient."""
+        for record in self._records.values():
+            if record.complement_norm is not None and record.weight.grad is not None:
+                self._take(record.weight, record.weight)
 
     def close_window(self) -> None:
         """From now on each parameter may be updated again."""
         self.updated.clear()
         self._consumed.clear()
+        for record in self._records.values():
+            record.num_uses = 0
 
     def take(self, parameter: nn.Parameter, holder: Tensor) -> None:
         """Updates a parameter from what a leaf or the parameter itself has got.
@@ -77,10 +87,14 @@ class BackwardUpdates:
         """
         if holder.grad is None or not parameter.requires_grad:
             return  # the other form was delivered; autograd calls the hook all the same
-        if id(parameter) in self._consumed and holder is not parameter:
-            self._consumed.remove(id(parameter))
+        record = self._records.get(id(parameter))
+        if record is not None and id(parameter) in self._consumed and holder is not parameter:
             holder.grad = None
             return
+        if record is None or record.num_uses == 0 or id(parameter) in self.updated:
+            self._take(parameter, holder)
+
+    def _take(self, parameter: nn.Parameter, holder: Tensor) -> None:
         self._refuse_second(parameter)
         record = self._records.get(id(parameter))
         if record is not None and holder is not parameter:
@@ -113,20 +127,24 @@ class BackwardUpdates:
         """
         record, product = self._records[id(parameter)], GradientProduct(rows, cols)
         projected = product.projected(record.basis, record.dim).to(record.leaf.dtype)
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or not accumulates(record.leaf):
             return projected
         self._refuse_second(parameter)
-        if record.refresh_form is GradientForm.FULL and self._refreshes.is_due(record):
-            parameter.grad = product.formed().to(parameter.dtype)
-            self.take(parameter, parameter)
+        self._consumed.add(id(parameter))
+        is_due = self._refreshes.is_due(record) and record.basis_owner is None
+        waits = record.num_uses > 1 or not record.consumes
+        if waits or (is_due and record.refresh_form is GradientForm.FULL):
+            grad = product.formed().to(parameter.dtype)
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            if not waits:
+                self._take(parameter, parameter)
         else:
-            if self._refreshes.is_due(record) and not record.is_random:
+            if is_due and not record.is_random:
                 record.sketch_leaf.grad = product.refresh_of(record, projected).to(record.leaf.dtype)
                 self._refreshes.keep_sketch(record)
             with self._observe("update", projected):
                 energies = product.energies(record.dim)
                 self._finish(parameter, projected, product, energies.sum(), energies)
-        self._consumed.add(id(parameter))
         return projected
 
     def _finish(

@@ -48,6 +48,7 @@ __all__ = [
     "ShapeEnv",
     "TorchDispatchMode",
     "WeakTensorKeyDictionary",
+    "accumulates",
     "attention_with_linear",
     "backend_settings",
     "below_autograd",
@@ -62,6 +63,7 @@ __all__ = [
     "outside_all_modes",
     "quiet_profiler",
     "refuse_unsupported_modes",
+    "saves_elsewhere",
     "size_hint",
     "storage_use_count",
     "tensor_use_count",
@@ -111,6 +113,16 @@ def compile_graph(
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def accumulates(leaf: torch.Tensor) -> bool:
+    """Whether the backward that runs on this thread adds to a leaf's gradient, as ``torch.autograd.grad`` does not."""
+    return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
+
+
+def saves_elsewhere() -> bool:
+    """Whether hooks on saved tensors are active, which may give others back than were saved."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def current_tracing_context() -> TracingContext:

@@ -6,12 +6,14 @@ It stands where a graph would compute ``R``, so that an update which needs all o
 and B are there anyway, and no G leaves the graph. The optimizer says what to do by the record's ``consume``.
 
 The compiler does not know that W changes. So nothing that the graph still makes of W may come later: whoever compiles
-the backward lets every reader of W be an input ``after`` (passes/model_graph/order_consumers.py).
+the backward lets every reader of W be an input ``after`` (passes/model_graph/order_consumers.py). And W is known by its
+identity, so it must come out of the backward's saved tensors as what it was: with hooks on those nothing is consumed.
 """
 
 import torch
 from torch import Tensor
 
+from galore_fx.errors import UsageError
 from galore_fx.runtime.compatibility import below_autograd
 from galore_fx.runtime.projected_parameter import REGISTRY
 
@@ -29,7 +31,15 @@ def _consume(rows: Tensor, cols: Tensor, weight: Tensor, leaf: Tensor, after: li
             done: Tensor = consume_gradient(rows, cols, weight, leaf, after)
         return done
     with torch.no_grad():
-        return record.consume(rows, cols)
+        consumed = record.consume(rows, cols)
+    return _refuse() if consumed is None else consumed
+
+
+def _refuse(*_arguments: object) -> Tensor:
+    raise UsageError(
+        "a backward of update='in-backward' finds no weight to update: the compiled model is gone, or its weights were "
+        "saved for the backward as copies of themselves"
+    )
 
 
 def _shape_only(rows: Tensor, cols: Tensor, weight: Tensor, leaf: Tensor, after: list[Tensor]) -> Tensor:
@@ -37,4 +47,5 @@ def _shape_only(rows: Tensor, cols: Tensor, weight: Tensor, leaf: Tensor, after:
 
 
 _LIBRARY.impl("consume_gradient", _consume, "Autograd")
+_LIBRARY.impl("consume_gradient", _refuse, "CompositeExplicitAutograd")
 torch.library.register_fake("galore_fx::consume_gradient", _shape_only, lib=_LIBRARY)

@@ -1,6 +1,7 @@
 """A full gradient as its two factors, ``G = A^T B``: what is wanted of it is made without forming it."""
 
 import dataclasses
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -43,24 +44,22 @@ class GradientProduct:
         start = projected.to(self.rows.dtype)
         if record.sketch_columns is not None:
             extra = self.projected(record.sketch_columns, record.dim)
-            start = torch.cat([projected, extra], dim=0 if record.dim is ProjectedDim.ROWS else 1)
+            start = torch.cat([start, extra], dim=0 if record.dim is ProjectedDim.ROWS else 1)
         return sketch(self.rows, self.cols, start, record.dim)
 
     def energies(self, dim: ProjectedDim) -> Tensor:
         """Squared norms of G's rows, (m, 1) for COLS, or columns, (1, n) for ROWS; float32, a part of G at a time."""
         by_rows = dim is ProjectedDim.COLS
         split, whole = (self.rows, self.cols) if by_rows else (self.cols, self.rows)
-        width = max(_LEAST_WIDTH, PART_ELEMENTS // whole.shape[1])
         found = torch.empty(split.shape[1], dtype=torch.float32, device=split.device)
-        for first in alike(range(0, split.shape[1], width)):
-            some = split[:, first : first + width]
-            part = some.T @ whole if by_rows else whole.T @ some
+        for at in _parts(split.shape[1], whole.shape[1]):
+            part = split[:, at].T @ whole if by_rows else whole.T @ split[:, at]
             norms = torch.linalg.vector_norm(part, dim=1 if by_rows else 0, dtype=torch.float32)
-            torch.mul(norms, norms, out=found[first : first + width])
+            torch.mul(norms, norms, out=found[at])
         return found[:, None] if by_rows else found[None, :]
 
     def take_from_(self, weight: Tensor, factors: Tensor, dim: ProjectedDim) -> None:
-        """``W <- W - diag(f) G`` (COLS) or ``W - G diag(f)`` (ROWS) in place, in one product.
+        """``W <- W - diag(f) G`` (COLS) or ``W - G diag(f)`` (ROWS) in place, a part of W at a time.
 
         Args:
             weight: (m, n), changed.
@@ -68,6 +67,17 @@ class GradientProduct:
             dim: which of them.
         """
         by_rows = dim is ProjectedDim.COLS
-        rows = (self.rows * factors.T if by_rows else self.rows).to(weight.dtype)
-        cols = (self.cols if by_rows else self.cols * factors).to(weight.dtype)
-        weight.addmm_(rows.T, cols, alpha=-1)
+        split, whole = (self.rows, self.cols) if by_rows else (self.cols, self.rows)
+        for at in _parts(split.shape[1], whole.shape[1]):
+            scaled = (split[:, at] * factors.view(-1)[at]).to(split.dtype)
+            left, right = (scaled.T, whole) if by_rows else (whole.T, scaled)
+            part = weight[at] if by_rows else weight[:, at]
+            if part.dtype == left.dtype:
+                part.addmm_(left, right, alpha=-1)
+            else:  # under autocast
+                part.sub_(left @ right)
+
+
+def _parts(length: int, other: int) -> Iterable[slice]:
+    width = max(_LEAST_WIDTH, PART_ELEMENTS // other)
+    return (slice(first, first + width) for first in alike(range(0, length, width)))

@@ -141,6 +141,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.no_grad():
             if self.in_backward:
+                self._backward.finish()
                 self.refreshes.apply_rest()
                 self._close_window(bool(self._backward.updated))
             else:
@@ -221,12 +222,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
         """
-        before = self.counters.num_updates
-        self._residuals.set_learning(state_dict.get("galore_fx", {}).get("num_updates", before))
+        num_updates = state_dict.get("galore_fx", {}).get("num_updates", self.counters.num_updates)
+        go_back = self._residuals.set_learning(num_updates)
         try:
             extra = restore(self.state, self.param_groups, state_dict, self.refreshes.sharers())
         except OptimizerError:
-            self._residuals.set_learning(before)
+            go_back()
             raise
         self.counters.load(extra)
         self.refreshes.queue.load_state(extra, list(map(id, self._parameters())))

@@ -64,8 +64,9 @@ class ProjectedParameter:
         sketch_columns: random columns that are sketched besides the basis, (m, p) or (n, p); None for none.
         first_direction: the unit projected gradient that followed the basis, where a refresh hangs on it.
         complement_norm: of the last scaled residual, 0-d float32; None where the residual is not scaled.
-        consume: updates the weight from A and B of ``G = A^T B``, and returns a tensor of R's shape; None where its
-            backward cannot do that.
+        consumes: whether the backward's graph hands A and B of ``G = A^T B`` to the update.
+        consume: what does the update, and returns a tensor of R's shape.
+        num_uses: how often a graph that does so has run forward in this window.
         is_random: whether a new basis is drawn and not found from a gradient.
         delivers_full: whether the full gradient comes in every backward, since it is small: a factor's.
         right_basis: where both sides are projected, that of the columns, (n, r); ``basis`` is then that of the rows,
@@ -91,7 +92,9 @@ class ProjectedParameter:
     sketch_columns: Tensor | None = None
     first_direction: Tensor | None = None
     complement_norm: Tensor | None = None
+    consumes: bool = False
     consume: Callable[[Tensor, Tensor], Tensor] | None = None
+    num_uses: int = 0
     is_random: bool = False
     delivers_full: bool = False
     right_basis: Tensor | None = None
@@ -202,13 +205,13 @@ class ProjectedParameter:
         return self.complement_norm is not None or self.delivers_full
 
     def stop_consuming(self) -> None:
-        """Its backward delivers G from now on: what reads the weight is not one linear layer."""
-        self.consume, self.form = None, GradientForm.FULL
+        """Its backward delivers G from now on."""
+        self.consumes, self.form = False, GradientForm.FULL
 
     def form_of(self, *, due: bool) -> GradientForm:
         """What the next backward is to deliver, where the basis is due and where it is not."""
         if self.wants_full_gradient:
-            return GradientForm.FULL if self.consume is None else GradientForm.CONSUMED
+            return GradientForm.CONSUMED if self.consumes else GradientForm.FULL
         return self.refresh_form if due and not self.is_random else GradientForm.PROJECTED
 
     def project(self, value: Tensor) -> Tensor:

@@ -78,15 +78,29 @@ class ResidualTraining:
         residual.learn(entries, record.weight.shape[1], self._counters.num_updates)
         return None
 
-    def set_learning(self, num_updates: int) -> None:
-        """Ends the learning of entries where its updates are over, or goes back to it for a state from before."""
+    def set_learning(self, num_updates: int) -> Callable[[], None]:
+        """Ends the learning of entries where its updates are over, or goes back to it for a state from before.
+
+        Returns:
+            What undoes it, as long as no entries have been learnt since.
+        """
+        before = []
         for record in self._records:
             residual = record.residual
             assert residual is not None
-            was_learning = residual.is_learning
+            kept = residual.scores, residual.norm
             residual.set_learning(num_updates)
-            if residual.is_learning != was_learning:
+            if (residual.scores is None) != (kept[0] is None):
                 state = self._states[record.weight]
+                taken = {name: state.pop(name) for name in list(state) if is_of_residual(name)}
+                state |= new_residual_state(record, self._make_state)
+                before.append((residual, state, kept, taken))
+
+        def go_back() -> None:
+            for residual, state, kept, taken in before:
                 for name in [name for name in state if is_of_residual(name)]:
                     del state[name]
-                state |= new_residual_state(record, self._make_state)
+                state |= taken
+                residual.scores, residual.norm = kept
+
+        return go_back

@@ -94,7 +94,7 @@ class SparseResidual:
         elif self.scores is None:
             self.scores = torch.zeros_like(self.columns, dtype=torch.float32)
             if self.norm is not None:
-                self.norm.zero_()
+                self.norm = torch.zeros_like(self.norm)
 
     @property
     def is_learning(self) -> bool:

@@ -1,5 +1,7 @@
 """Updates inside the backward's graph: the same as from full gradients, in the right order, and where they can be."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import fx, nn
@@ -39,9 +41,10 @@ def pair(make, **parts):
         (lambda: llama(2), {"basis": "subspace-iteration", "activation_budget": 0.0}),
         (lambda: llama(2), {"basis": "subspace-iteration", "project": "input", "cross_head": "query-key", "rank": 4}),
         (lambda: llama(2), {"basis": "random", "basis_bits": 8}),
+        (lambda: llama(1), {"basis": "subspace-iteration", "project": "input", "cross_head": "query-key-shared"}),
         (lambda: llama(2).bfloat16(), {"basis": "svd"}),
     ],
-    ids=["inputs by outputs", "recomputed", "heads", "stored bases", "bfloat16"],
+    ids=["inputs by outputs", "recomputed", "heads", "stored bases", "shared bases", "bfloat16"],
 )
 def test_factors_give_the_step_of_the_full_gradient(make, parts, monkeypatch):
     monkeypatch.setattr(gradient_product, "PART_ELEMENTS", 64 * 48)  # several parts of each gradient
@@ -58,7 +61,7 @@ def test_factors_give_the_step_of_the_full_gradient(make, parts, monkeypatch):
 
 
 def test_autocast_updates_the_weight_and_not_its_cast():
-    consuming, forming = pair(lambda: llama(2), basis="subspace-iteration")
+    consuming, forming = pair(lambda: llama(2), basis="subspace-iteration", oversampling=2)
     before = [record.weight.clone() for record in records_of(consuming)]
     for model in (consuming, forming):
         for batch in batches(3):
@@ -101,6 +104,50 @@ def test_a_weight_that_is_read_twice_delivers_its_full_gradient():
     forms = {record.name.split(".")[-2]: record.form for record in records_of(consuming)}
     assert forms == {"inner": GradientForm.FULL, "outer": GradientForm.CONSUMED}
     assert largest_error(consuming, forming) < 1e-5
+
+
+def _two_losses(model, step, ids):
+    return model(input_ids=ids, labels=ids).loss + model(input_ids=ids.flip(0), labels=ids.flip(0)).loss
+
+
+def _copies(model, step, ids):
+    with torch.autograd.graph.save_on_cpu() if step else contextlib.nullcontext():
+        return model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("loss_of", [_two_losses, _copies])
+def test_what_a_graph_cannot_update_by_itself_is_updated_all_the_same(loss_of):
+    """Two uses in one backward, saved tensors that come back as copies."""
+    consuming, forming = pair(lambda: llama(1), basis="subspace-iteration")
+    for model in (consuming, forming):
+        for step, ids in enumerate(batches(3)):
+            loss_of(model, step, ids).backward()
+            model.galore_fx.optimizer.step()
+    assert largest_error(consuming, forming) < 1e-4
+    assert not any(record.weight.grad is not None for record in records_of(consuming))
+
+
+def test_a_use_outside_the_block_is_refused():
+    model = galore_fx.compile(llama(1), **FIRA)
+    ids = batches(1)[0]
+    loss = model(input_ids=ids, labels=ids).loss + model.model.layers[0].mlp.up_proj.weight.square().sum()
+    with pytest.raises(galore_fx.UsageError, match="a weight that is used outside its block too"):
+        loss.backward()
+
+
+def test_a_gradient_that_is_asked_for_by_itself_updates_nothing():
+    model = galore_fx.compile(llama(1), **FIRA)
+    before = [p.detach().clone() for p in model.parameters()]
+    embeds = torch.randn(2, 8, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(inputs_embeds=embeds).logits.square().mean(), embeds)
+    assert grad.any()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_explain_says_what_is_updated_in_the_backward():
+    ids = batches(1)[0]
+    report = str(galore_fx.explain(llama(1), {"input_ids": ids, "labels": ids}, recipe="fira", optimizer=adamw()))
+    assert "7 of them after the weight's update" in report
 
 
 def test_a_second_backward_is_refused_and_the_first_one_kept():
@@ -158,10 +205,13 @@ def test_whatever_is_made_of_a_weight_comes_before_its_update():
     late.meta["val"] = torch.empty(1)
     pair_of = graph.call_function(torch.ops.aten.var_mean.correction, (weight,))
     mean = graph.call_function(lambda pair, index: pair[index], (pair_of, 1))
-    graph.output((done, late, mean))
+    cast = graph.call_function(torch.ops.prims.convert_element_type.default, (weight, torch.bfloat16))
+    product = graph.call_function(torch.ops.aten.mm.default, (cols, cast))
+    cast.meta["val"] = product.meta["val"] = torch.empty(1)
+    graph.output((done, late, mean, product))
     gm = fx.GraphModule({}, graph)
     order_consumers(gm)
     (consumer,) = gm.graph.find_nodes(op="call_function", target=consume_gradient)
     order = list(gm.graph.nodes)
-    assert consumer.args[4] == [late, mean]
-    assert order.index(consumer) > max(order.index(late), order.index(mean))
+    assert set(consumer.args[4]) == {late, mean, cast, product}
+    assert order.index(consumer) > max(order.index(node) for node in consumer.args[4])

@@ -188,6 +188,24 @@ def test_resume_is_bit_identical_while_entries_are_learnt_and_after(stop, varian
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_state_that_does_not_fit_changes_nothing():
+    """Though one from inside the warm-up takes away what the residual keeps after it."""
+    ids = batches(5)
+    other = galore_fx.compile(llama(1), rank=4, optimizer=adamw(), **SPARSE)
+    _train(other, ids[:1])
+    for variant in ("scaled", "rectified"):
+        model = galore_fx.compile(llama(1), rank=8, optimizer=adamw(), residual_variant=variant, **SPARSE)
+        _train(model, ids)
+        before = copy.deepcopy(model.galore_fx.optimizer.state_dict())
+        with pytest.raises(galore_fx.OptimizerError):
+            model.galore_fx.optimizer.load_state_dict(other.galore_fx.optimizer.state_dict())
+        after = model.galore_fx.optimizer.state_dict()
+        for number, state in before["state"].items():
+            assert state.keys() == after["state"][number].keys()
+            assert all(torch.equal(value, after["state"][number][name]) for name, value in state.items())
+        assert not any(record.residual.is_learning for record in model.galore_fx.optimizer.records)
+
+
 def test_an_uncompiled_block_and_the_backend_train_the_same():
     """Without cross-head bases: the sign and order of an eigenvector are a matter of the last bit."""
     parts = {"rank": 8, "residual": "sparse", "residual_density": 0.1, "residual_warm_up": 2, "refresh_gap": 3}

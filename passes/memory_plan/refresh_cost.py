@@ -59,7 +59,10 @@ def _cost(entry: ParameterPlan, recipe: Recipe, element: int, *, is_small: bool)
     if recipe.basis == "svd":
         long, short = max(m, n), min(m, n)
         whole = 0 if is_small else m * n * element  # a factor's gradient comes in full anyway
-        return whole, _WIDE_BYTES * (2 * m * n + short * (short + 1)), 14.0 * long * short**2 + 8.0 * short**3
+        passing = _WIDE_BYTES * (2 * m * n + short * (short + 1))
+        if recipe.residual == "scaled":  # formed for itself, in the backward
+            whole, passing = 0, passing + whole
+        return whole, passing, 14.0 * long * short**2 + 8.0 * short**3
     size = m if entry.dim == "rows" else n
     if recipe.basis == "random":
         parts = recipe.granularity_in_force((size, entry.rank))

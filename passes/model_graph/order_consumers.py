@@ -4,7 +4,8 @@
     after    dX = dY W;  R = consume_gradient(dY, X, W, Z, [dX])
 
 requires  a graph of AOTAutograd's; nothing that reads a weight reads the R of its own consumer.
-ensures   a consumer takes every value that the graph computes from its weight, so any order of the graph is right.
+ensures   a consumer takes every value that the graph computes from its weight, elementwise ones up to what they end in,
+          since Inductor makes those anew where they are read; so any order of the graph is right.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,19 @@ from galore_fx.runtime.gradient_consumer import consume_gradient
 from galore_fx.runtime.projected_linear import projected_linear
 
 _NUM_LEADING = 4  # rows, cols, weight, leaf
+_INLINED = (
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.constant_pad_nd.default,
+    torch.ops.aten.clone.default,
+    torch.ops.prims.convert_element_type.default,
+)
 
 
 def order_consumers(gm: fx.GraphModule) -> None:
     """Fills in the last argument of each consumer, in place."""
     for consumer in gm.graph.find_nodes(op="call_function", target=consume_gradient):
         leading = consumer.args[:_NUM_LEADING]
-        made = list(_made_of(leading[2]))
+        made = list(dict.fromkeys(_made_of(leading[2])))
         last = max([*made, consumer], key=list(gm.graph.nodes).index)
         last.append(consumer)
         consumer.args = (*leading, made)
@@ -40,17 +47,25 @@ def compile_region(gm: fx.GraphModule, inputs: Sequence[object], activation_budg
 
 
 def _made_of(weight: Any) -> Iterator[fx.Node]:
-    """The tensors that are computed from a weight or a view of it."""
+    """The tensors that are computed from a weight, a view of it or a value of its elements."""
     for reader in weight.users:
         if reader.target is consume_gradient:
             continue
         if _is_view(reader):
             yield from _made_of(reader)
-        elif isinstance(reader.meta.get("val"), torch.Tensor):
+            continue
+        if isinstance(reader.meta.get("val"), torch.Tensor):
             yield reader
         else:
             yield from reader.users
+        if _is_inlined(reader):
+            yield from _made_of(reader)
 
 
 def _is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
+
+
+def _is_inlined(node: fx.Node) -> bool:
+    is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return is_pointwise or node.target in _INLINED

@@ -43,6 +43,7 @@ class ProjectionTarget:
         inputs: names of what the weight's record gives for the form that is wanted, in the order of the placeholders;
             a weight that wants its full gradient is no target.
         basis_of: the weight, by its placeholder, whose basis is this one's; a target too. None for its own.
+        is_consumed: whether it is updated in the backward.
     """
 
     placeholder: int
@@ -50,6 +51,7 @@ class ProjectionTarget:
     dim: ProjectedDim
     inputs: tuple[str, ...]
     basis_of: int | None = None
+    is_consumed: bool = False
 
 
 def project_gradients(
@@ -80,7 +82,7 @@ def project_gradients(
                 "its projected gradient would miss that use"
             )
         new = made[target.placeholder]
-        if target.basis_of is not None and "basis" in made[target.basis_of]:
+        if target.basis_of is not None and not target.is_consumed:
             new = {"basis": made[target.basis_of]["basis"], **new}
         for site in uses:
             if isinstance(site, AttentionSite):
@@ -100,7 +102,7 @@ def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs
         what += " with the next basis's sketch"
     if any("residual_leaf" in target.inputs for target in targets):
         what += " and some entries of G"
-    num_consumed = sum(target.inputs == ("leaf",) for target in targets)
+    num_consumed = sum(target.is_consumed for target in targets)
     if num_consumed:
         what += f", {num_consumed} of them after the weight's update"
     num_shared = sum("head_features" in target.inputs for target in targets)

@@ -28,7 +28,7 @@ from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, pro
 from galore_fx.passes.model_graph.share_bases import owner_place, share_bases, weight_inputs
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
-from galore_fx.runtime.compatibility import FakeTensorMode, current_tracing_context, tracing
+from galore_fx.runtime.compatibility import FakeTensorMode, current_tracing_context, saves_elsewhere, tracing
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor, gradient_leaf
 
@@ -132,6 +132,9 @@ class RegionCompiler:
         def call(*inputs: object) -> Any:
             self.last_run = region
             records = region.records(inputs)
+            for record in records:
+                if record is not None and record.form is GradientForm.CONSUMED:
+                    record.num_uses += 1
             used.add(region.key(records))
             weights.update({r.name: i for r, i in zip(records, region.parameters, strict=True) if r})
             return region.variant_for(records)(*region.graph_inputs(inputs, records))
@@ -176,7 +179,7 @@ class CapturedRegion:
         found = [REGISTRY.get(inputs[i]) for i in self.parameters]
         new: list[int] = []
         for placeholder, record in zip(self.parameters, found, strict=True):
-            if record is not None and record.consume is not None and placeholder not in self._read_once:
+            if record is not None and record.consumes and (placeholder not in self._read_once or saves_elsewhere()):
                 record.stop_consuming()
             if record is not None and record.shared_roles and record.heads is None and not record.is_underway:
                 self._share_heads(placeholder, record)
@@ -282,6 +285,7 @@ class CapturedRegion:
                 record.dim,
                 tuple(weight_inputs(record, form, records)),
                 None if (place := owner_place(record, records)) is None else self.parameters[place],
+                form is GradientForm.CONSUMED,
             )
             for index, record, form in wanted
         ]
