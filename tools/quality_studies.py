@@ -8,8 +8,10 @@ _PLUS = ["--recipe", "galore+"]
 _FACTORS = ["--recipe", "gradnormlorp", "--rank", "0.25"]
 _MERGED = [*_FACTORS, "--refresh-gap", "50", "--part", "merge_factors=true"]
 _SMALL = ["--model", "tools/llama-3m.json"]
-_KEEP = ["--part", "moments_on_refresh=keep"]
+_GALORE, _FAST = ["--recipe", "galore"], ["--lr", "4e-3"]
+_ROTATE = ["--part", "moments_on_refresh=rotate"]
 _DROP, _NO_HEADS = ["--part", "residual=drop"], ["--part", "cross_head=null"]
+_RECTIFIED, _ADDITIVE = (["--part", f"residual_variant={name}"] for name in ("rectified", "additive"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Study:
     script: str = "train"
 
 
-_AGAIN = {"galore": ["--recipe", "galore"], "galore+": _PLUS, "fira": ["--recipe", "fira"], "gradnormlorp": _FACTORS}
+_AGAIN = {"galore": _GALORE, "galore+": _PLUS, "fira": ["--recipe", "fira"], "gradnormlorp": _FACTORS}
 # Of the recipes on one text, by seed 0.
 _BEST = {
     "gradnormlorp, lr 4e-3": [*_FACTORS, "--lr", "4e-3"],
@@ -69,37 +71,39 @@ _STUDIES = (
     Study(
         "galore+",
         "GaLore+: heads, residuals, gaps",
-        "{steps} steps of 8 x 64 tokens, learning rate 2e-3 unless said, rank 64 of 256.",
+        "{steps} steps of 8 x 64 tokens, learning rate 4e-3 and seed 0 unless said, rank 64 of 256. `galore+`: gap 20, "
+        "heads share a basis, moments are kept, 2 % of the entries have a scaled residual.",
         steps=600,
-        against="galore",
+        against="galore, lr 4e-3",
         variants={
             "adamw, lr 5e-4": ["--recipe", "full", "--lr", "5e-4"],
             "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
             "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
-            "galore": ["--recipe", "galore"],
-            "galore, gap 20": ["--recipe", "galore", "--refresh-gap", "20"],
-            "galore+ (density 0.02)": _PLUS,
-            "no residual": [*_PLUS, *_DROP],
-            "density 0.06": [*_PLUS, *_density(0.06)],
-            "density 0.02, one basis a weight": [*_PLUS, *_NO_HEADS],
-            "no residual, one basis a weight": [*_PLUS, *_DROP, *_NO_HEADS],
-            "density 0.02, additive": [*_PLUS, "--part", "residual_variant=additive"],
-            "density 0.02, moments kept": [*_PLUS, *_KEEP],
-            "no residual, moments kept": [*_PLUS, *_DROP, *_KEEP],
-            "density 0.06, moments kept": [*_PLUS, *_density(0.06), *_KEEP],
-            "no residual, one basis a weight, moments kept": [*_PLUS, *_DROP, *_NO_HEADS, *_KEEP],
-            "density 0.02, gap 5": [*_PLUS, "--refresh-gap", "5"],
-            "density 0.02, gap 50": [*_PLUS, "--refresh-gap", "50"],
-            "density 0.02, gap 200": [*_PLUS, "--refresh-gap", "200"],
+            "galore, lr 2e-3": _GALORE,
+            "galore, lr 4e-3": [*_GALORE, *_FAST],
+            "galore, lr 8e-3": [*_GALORE, "--lr", "8e-3"],
+            "galore+": [*_PLUS, *_FAST],
+            "without residual": [*_PLUS, *_FAST, *_DROP],
+            "rectified": [*_PLUS, *_FAST, *_RECTIFIED],
+            "additive": [*_PLUS, *_FAST, *_ADDITIVE],
+            "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
+            "one basis a weight": [*_PLUS, *_FAST, *_NO_HEADS],
+            "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
+            "moments rotated, without residual": [*_PLUS, *_FAST, *_ROTATE, *_DROP],
+            "gap 50": [*_PLUS, *_FAST, "--refresh-gap", "50"],
+            "gap 200": [*_PLUS, *_FAST, "--refresh-gap", "200"],
             **{
-                f"{name}, lr {lr}": [*parts, "--lr", lr]
-                for lr in ("4e-3", "8e-3")
+                f"{name}, seed {seed}": [*parts, "--seed", seed]
+                for seed in "12"
                 for name, parts in {
-                    "galore": ["--recipe", "galore"],
-                    "galore+": _PLUS,
-                    "galore+ without residual": [*_PLUS, *_DROP],
+                    "galore, lr 4e-3": [*_GALORE, *_FAST],
+                    "galore+": [*_PLUS, *_FAST],
+                    "without residual": [*_PLUS, *_FAST, *_DROP],
                 }.items()
             },
+            "galore+, lr 2e-3": _PLUS,
+            "galore+, lr 8e-3": [*_PLUS, "--lr", "8e-3"],
+            "gap 5": [*_PLUS, *_FAST, "--refresh-gap", "5"],
         },
     ),
     Study(
@@ -107,32 +111,31 @@ _STUDIES = (
         "GaLore+: fine-tuning on word problems",
         "The model is first trained on the text (AdamW, 600 steps), then for {steps} steps on 16 made word problems "
         "each; none of them, nor of the 512 held-out ones, is met twice. *Exact match*: of the whole answer, "
-        "greedy. The loss is of the answers' tokens. Learning rate 2e-3 unless said.",
+        "greedy. The loss is of the answers' tokens. Learning rate 4e-3 and seed 0 unless said.",
         steps=600,
-        against="galore",
+        against="galore, lr 4e-3",
         script="arithmetic",
         variants={
             "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
-            "galore": ["--recipe", "galore"],
-            "galore, gap 20": ["--recipe", "galore", "--part", "refresh_gap=20"],
-            "galore+ (density 0.02)": _PLUS,
-            "no residual": [*_PLUS, *_DROP],
-            "density 0.06": [*_PLUS, *_density(0.06)],
-            "density 0.02, one basis a weight": [*_PLUS, *_NO_HEADS],
-            "density 0.02, moments kept": [*_PLUS, *_KEEP],
-            "adamw, lr 5e-4": ["--recipe", "full", "--lr", "5e-4"],
-            "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
+            "galore, lr 4e-3": [*_GALORE, *_FAST],
+            "galore+": [*_PLUS, *_FAST],
+            "without residual": [*_PLUS, *_FAST, *_DROP],
             **{
                 f"{name}, seed {seed}": [*parts, "--seed", seed]
                 for seed in "12"
                 for name, parts in {
-                    "galore": ["--recipe", "galore"],
-                    "galore+ (density 0.02)": _PLUS,
-                    "density 0.02, moments kept": [*_PLUS, *_KEEP],
+                    "galore, lr 4e-3": [*_GALORE, *_FAST],
+                    "galore+": [*_PLUS, *_FAST],
+                    "without residual": [*_PLUS, *_FAST, *_DROP],
                 }.items()
             },
-            "galore, lr 1e-3": ["--recipe", "galore", "--lr", "1e-3"],
-            "galore+ (density 0.02), lr 1e-3": [*_PLUS, "--lr", "1e-3"],
+            "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
+            "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
+            "one basis a weight": [*_PLUS, *_FAST, *_NO_HEADS],
+            "galore, lr 2e-3": _GALORE,
+            "galore+, lr 2e-3": _PLUS,
+            "galore, lr 2e-3, seed 1": [*_GALORE, "--seed", "1"],
+            "galore, lr 2e-3, seed 2": [*_GALORE, "--seed", "2"],
         },
     ),
     Study(
