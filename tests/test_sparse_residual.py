@@ -24,6 +24,8 @@ from tests.models import adamw, backward, batches, largest_error, llama
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
 
+# Entries of a block of 128 by 256: 38 of 128 columns, 77 of 256, in 128, 256 (gate, up) and 128 (down) rows.
+SHAPES = 4 * [(128, 38)] + 2 * [(256, 38)] + [(128, 77)]
 SPARSE = {"residual": "sparse", "residual_density": 0.1, "residual_warm_up": 3, "refresh_gap": 100}
 
 
@@ -245,7 +247,7 @@ def test_clipping_scales_the_entries_with_the_rest():
 
 @pytest.mark.kernels
 def test_bytes_are_those_of_the_plan_and_the_peak_of_galore_plus_is_predicted():
-    """With states in 8 bits, the entries' too, and cross-head bases."""
+    """With states in 8 bits and cross-head bases; of the entries the columns are kept and a norm."""
     ids = batches(1)[0]
     sample = {"input_ids": ids, "labels": ids}
     parts = {"recipe": "galore+", "rank": 16, "residual_density": 0.3, "residual_warm_up": 1, "state_bits": 8}
@@ -255,11 +257,18 @@ def test_bytes_are_those_of_the_plan_and_the_peak_of_galore_plus_is_predicted():
     assert sum(record.heads is not None for record in model.galore_fx.optimizer.records) == 2
     kept = kept_bytes(model, model.galore_fx.optimizer)
     assert kept["residuals"] == plan.prediction.kept["residuals"] == sum(p.bytes["residuals"] for p in plan.parameters)
-    # 38 of 128 columns, 77 of 256: in each of 128, 256 (gate, up) and 128 (down) rows.
-    shapes = 4 * [(128, 38)] + 2 * [(256, 38)] + [(128, 77)]
+    assert kept["residuals"] == sum(m // 64 * k * 4 for m, k in SHAPES) + 7 * 4
+
+
+def test_rectified_entries_have_states_in_8_bits_and_a_count():
+    parts = {"residual_density": 0.3, "residual_warm_up": 1, "residual_variant": "rectified", "state_bits": 8}
+    model = galore_fx.compile(llama(1, hidden=128, intermediate=256), recipe="galore+", optimizer=adamw(), **parts)
+    _train(model, batches(1))
+    kept = kept_bytes(model, model.galore_fx.optimizer)["residuals"]
     # Two moments in blocks of 256 codes with a scale, the number of each block's columns, the count of steps.
-    states = sum(2 * -(-m * k // 256) * 260 for m, k in shapes)
-    assert kept["residuals"] == states + sum(m // 64 * k * 4 for m, k in shapes) + 7 * 4
+    states = sum(2 * -(-m * k // 256) * 260 for m, k in SHAPES)
+    assert kept == states + sum(m // 64 * k * 4 for m, k in SHAPES) + 7 * 4
+    assert kept == sum(p.bytes["residuals"] for p in model.galore_fx.plan.parameters)
 
 
 @pytest.mark.parametrize(

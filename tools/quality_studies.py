@@ -72,7 +72,7 @@ _STUDIES = (
         "galore+",
         "GaLore+: heads, residuals, gaps",
         "{steps} steps of 8 x 64 tokens, learning rate 4e-3 and seed 0 unless said, rank 64 of 256. `galore+`: gap 20, "
-        "heads share a basis, moments are kept, 2 % of the entries have a scaled residual.",
+        "heads share a basis, moments are kept, 6 % of the entries have a scaled residual.",
         steps=600,
         against="galore, lr 4e-3",
         variants={
@@ -84,9 +84,9 @@ _STUDIES = (
             "galore, lr 8e-3": [*_GALORE, "--lr", "8e-3"],
             "galore+": [*_PLUS, *_FAST],
             "without residual": [*_PLUS, *_FAST, *_DROP],
-            "rectified": [*_PLUS, *_FAST, *_RECTIFIED],
-            "additive": [*_PLUS, *_FAST, *_ADDITIVE],
-            "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
+            "density 0.02": [*_PLUS, *_FAST, *_density(0.02)],
+            "density 0.02, rectified": [*_PLUS, *_FAST, *_density(0.02), *_RECTIFIED],
+            "density 0.02, additive": [*_PLUS, *_FAST, *_density(0.02), *_ADDITIVE],
             "one basis a weight": [*_PLUS, *_FAST, *_NO_HEADS],
             "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
             "moments rotated, without residual": [*_PLUS, *_FAST, *_ROTATE, *_DROP],
@@ -129,7 +129,7 @@ _STUDIES = (
                     "without residual": [*_PLUS, *_FAST, *_DROP],
                 }.items()
             },
-            "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
+            "density 0.02": [*_PLUS, *_FAST, *_density(0.02)],
             "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
             "one basis a weight": [*_PLUS, *_FAST, *_NO_HEADS],
             "galore, lr 2e-3": _GALORE,
