@@ -104,7 +104,8 @@ class Recipe:
             and trained with moments of their own (GaLore+; reconstructed, see runtime/sparse_residual.py), or all of it
             is applied, scaled as the optimizer scales the rest (Fira, Chen et al. 2024, arXiv:2410.01623). The latter
             needs ``update="in-backward"``; it works from dY and X, and forms a gradient only for an exact SVD (one
-            weight's at a time), in a block that is not compiled, and of a weight that not one linear layer alone reads.
+            weight's at a time), in a block that is not compiled or runs under hooks on saved tensors, and of a weight
+            that not one linear layer alone reads, once before an update.
         residual_density: share of the entries: so many columns in each block of 64 rows.
         residual_variant: at these entries the step of full-rank training in place of the back-projected one; or the
             optimizer's step on the error of the projection added to it; or the error itself, scaled as by Fira, which

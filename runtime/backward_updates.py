@@ -4,7 +4,8 @@
     A and B of G = A^T B          a call out of the backward's graph (gradient_consumer.py)
 
 One window has one update of each parameter; a second gradient could not be added to the first. Where a weight whose
-gradient is consumed has been used twice, which one backward may go through, G is formed and waits for ``finish``.
+gradient is consumed has been used more than once, which one backward may go through, G is formed and added up until
+autograd has no more for it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -67,9 +68,9 @@ class BackwardUpdates:
                 record.consume = weak_hook(self, "consume", parameter)
 
     def finish(self) -> None:
-        """Updates what has waited for more of its gradient."""
-        for record in self._records.values():
-            if record.complement_norm is not None and record.weight.grad is not None:
+        """Updates what has waited for more of its gradient and heard of none."""
+        for key, record in self._records.items():
+            if record.complement_norm is not None and record.weight.grad is not None and key not in self.updated:
                 self._take(record.weight, record.weight)
 
     def close_window(self) -> None:
@@ -91,8 +92,7 @@ class BackwardUpdates:
         if record is not None and id(parameter) in self._consumed and holder is not parameter:
             holder.grad = None
             return
-        if record is None or record.num_uses == 0 or id(parameter) in self.updated:
-            self._take(parameter, holder)
+        self._take(parameter, holder)
 
     def _take(self, parameter: nn.Parameter, holder: Tensor) -> None:
         self._refuse_second(parameter)
@@ -127,12 +127,12 @@ class BackwardUpdates:
         """
         record, product = self._records[id(parameter)], GradientProduct(rows, cols)
         projected = product.projected(record.basis, record.dim).to(record.leaf.dtype)
-        if not parameter.requires_grad or not accumulates(record.leaf):
+        if not parameter.requires_grad or not (accumulates(record.leaf) or accumulates(parameter)):
             return projected
         self._refuse_second(parameter)
         self._consumed.add(id(parameter))
         is_due = self._refreshes.is_due(record) and record.basis_owner is None
-        waits = record.num_uses > 1 or not record.consumes
+        waits = record.num_uses > 1 or record.form is not GradientForm.CONSUMED
         if waits or (is_due and record.refresh_form is GradientForm.FULL):
             grad = product.formed().to(parameter.dtype)
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)

@@ -117,7 +117,10 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 def accumulates(leaf: torch.Tensor) -> bool:
     """Whether the backward that runs on this thread adds to a leaf's gradient, as ``torch.autograd.grad`` does not."""
-    return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
+    try:
+        return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
+    except RuntimeError:  # what torch.autograd.grad was asked for
+        return False
 
 
 def saves_elsewhere() -> bool:

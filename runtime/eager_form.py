@@ -72,6 +72,8 @@ def _record_of(weight: object) -> tuple[ProjectedParameter, bool] | None:
         transposed, record = whole, record if whole else None
     # Not an update in the backward: what the block does with the weight besides is not known.
     forms = GradientForm.FULL, GradientForm.CONSUMED
+    if record is not None and record.form is GradientForm.CONSUMED:
+        record.num_uses += 1
     usable = record is not None and record.form not in forms and record.weight.requires_grad
     return (record, transposed) if usable and record is not None else None
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from galore_fx.errors import OptimizerError, UsageError
+from galore_fx.errors import UsageError
 from galore_fx.runtime.backward_updates import BackwardUpdates
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.displacement import Displacement
@@ -226,7 +226,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         go_back = self._residuals.set_learning(num_updates)
         try:
             extra = restore(self.state, self.param_groups, state_dict, self.refreshes.sharers())
-        except OptimizerError:
+        except BaseException:
             go_back()
             raise
         self.counters.load(extra)

@@ -34,7 +34,7 @@ class GradientForm(enum.Enum):
     CONSUMED = "consumed"
     """The weight is updated inside the backward's graph, from dY and X; what leaves it is of no more use."""
     FULL = "full"
-    """G as ``weight.grad``: for an exact SVD."""
+    """G as ``weight.grad``: for an exact SVD, and where all of it is wanted and cannot be consumed."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -115,16 +115,29 @@ def _copies(model, step, ids):
         return model(input_ids=ids, labels=ids).loss
 
 
-@pytest.mark.parametrize("loss_of", [_two_losses, _copies])
+def _discarded(model, step, ids):
+    model(input_ids=ids.flip(0), labels=ids.flip(0))
+    return model(input_ids=ids, labels=ids).loss
+
+
+def _two_modes(model, step, ids):
+    loss = model(input_ids=ids, labels=ids).loss
+    other = model.eval()(input_ids=ids.flip(0), labels=ids.flip(0)).loss
+    model.train()
+    return loss + other if step else other + loss
+
+
+@pytest.mark.parametrize("loss_of", [_two_losses, _copies, _discarded, _two_modes])
 def test_what_a_graph_cannot_update_by_itself_is_updated_all_the_same(loss_of):
-    """Two uses in one backward, saved tensors that come back as copies."""
+    """Two uses in one backward, saved tensors that come back as copies, a forward that nothing comes of, two forms."""
     consuming, forming = pair(lambda: llama(1), basis="subspace-iteration")
     for model in (consuming, forming):
         for step, ids in enumerate(batches(3)):
             loss_of(model, step, ids).backward()
+            assert not any(record.weight.grad is not None for record in records_of(model))
             model.galore_fx.optimizer.step()
     assert largest_error(consuming, forming) < 1e-4
-    assert not any(record.weight.grad is not None for record in records_of(consuming))
+    assert all(record.form is GradientForm.CONSUMED for record in records_of(consuming))
 
 
 def test_a_use_outside_the_block_is_refused():
@@ -133,6 +146,17 @@ def test_a_use_outside_the_block_is_refused():
     loss = model(input_ids=ids, labels=ids).loss + model.model.layers[0].mlp.up_proj.weight.square().sum()
     with pytest.raises(galore_fx.UsageError, match="a weight that is used outside its block too"):
         loss.backward()
+    model.galore_fx.optimizer.step()  # closes the window
+    train(model, batches(1))
+
+
+def test_parameters_that_are_asked_for_are_trained():
+    consuming, forming = pair(lambda: llama(1), basis="subspace-iteration")
+    for model in (consuming, forming):
+        ids = batches(1)[0]
+        model(input_ids=ids, labels=ids).loss.backward(inputs=list(model.parameters()))
+        model.galore_fx.optimizer.step()
+    assert largest_error(consuming, forming) < 1e-5
 
 
 def test_a_gradient_that_is_asked_for_by_itself_updates_nothing():

@@ -1,4 +1,4 @@
-"""Sparse residuals: entries learnt in a warm-up, their gradients without G, both variants against a plain loop."""
+"""Sparse residuals: entries learnt in a warm-up, their gradients without G, three variants against a plain loop."""
 
 import copy
 import functools

@@ -179,8 +179,10 @@ class CapturedRegion:
         found = [REGISTRY.get(inputs[i]) for i in self.parameters]
         new: list[int] = []
         for placeholder, record in zip(self.parameters, found, strict=True):
-            if record is not None and record.consumes and (placeholder not in self._read_once or saves_elsewhere()):
+            if record is not None and record.consumes and placeholder not in self._read_once:
                 record.stop_consuming()
+            elif record is not None and record.consumes and saves_elsewhere():
+                record.form = GradientForm.FULL  # for this window
             if record is not None and record.shared_roles and record.heads is None and not record.is_underway:
                 self._share_heads(placeholder, record)
                 new += [placeholder] if record.heads is not None else []
