@@ -101,6 +101,12 @@ _STUDIES = (
                     "without residual": [*_PLUS, *_FAST, *_DROP],
                 }.items()
             },
+            **{
+                f"rank 16{name}{seed}": [*_PLUS, *_FAST, "--rank", "16", *parts, *given]
+                for seed, given in {"": [], ", seed 1": ["--seed", "1"], ", seed 2": ["--seed", "2"]}.items()
+                for name, parts in {"": [], ", without residual": _DROP}.items()
+            },
+            "rank 16, galore": [*_GALORE, *_FAST, "--rank", "16"],
             "galore+, lr 2e-3": _PLUS,
             "galore+, lr 8e-3": [*_PLUS, "--lr", "8e-3"],
             "gap 5": [*_PLUS, *_FAST, "--refresh-gap", "5"],
