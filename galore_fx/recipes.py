@@ -33,7 +33,6 @@ RECIPES = {
         cross_head="query-key",
         residual="sparse",
         residual_variant="scaled",
-        residual_density=0.06,
         refresh_gap=20,
     ),
     # Su et al. 2025, arXiv:2504.20437: GaLore with randomized refreshes; on one device. How many columns it has besides

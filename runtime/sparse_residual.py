@@ -158,8 +158,9 @@ def products_at(left: Tensor, right: Tensor, columns: Tensor) -> Tensor:
     found = []
     for first in range(0, count, size):
         picked = columns[first : first + size]
-        sampled = right.index_select(0, picked.reshape(-1)).view(picked.shape[0], num_slots, depth)
-        found.append(torch.bmm(padded[first : first + size], sampled.transpose(1, 2)))
+        # Gathered from the rows of X, each of which fits into a cache, and not from its columns.
+        sampled = right.T.index_select(1, picked.reshape(-1)).view(depth, picked.shape[0], num_slots)
+        found.append(torch.bmm(padded[first : first + size], sampled.transpose(0, 1)))
     whole = torch.cat(found) if len(found) > 1 else found[0]
     return whole.view(-1, num_slots)[:num_rows]
 
