@@ -115,6 +115,16 @@ _STUDIES = (
             "rank 16, galore": [*_GALORE, *_FAST, "--rank", "16"],
             "galore+, lr 2e-3": _PLUS,
             "galore+, lr 8e-3": [*_PLUS, "--lr", "8e-3"],
+            "lr 2e-3, without residual": [*_PLUS, *_DROP],
+            "lr 2e-3, without residual, one basis a weight": [*_PLUS, *_DROP, *_NO_HEADS],
+            "lr 2e-3, without residual, moments rotated": [*_PLUS, *_DROP, *_ROTATE],
+            **{
+                f"lr 2e-3, rectified, moments rotated, gap {gap}": [
+                    *(*_PLUS, *_RECTIFIED, *_ROTATE),
+                    *("--refresh-gap", gap),
+                ]
+                for gap in ("5", "20", "50", "200")
+            },
             "gap 5": [*_PLUS, *_FAST, "--refresh-gap", "5"],
         },
     ),
