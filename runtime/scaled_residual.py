@@ -13,6 +13,7 @@ Source: Fira, Chen et al. 2024, arXiv:2410.01623, equations of sections 4.2 and 
 ``G - alpha P R`` and leaves Adam's bias correction out of phi; here both are as the formulas have it.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +32,7 @@ _EPS = 1e-8
 
 
 @dataclasses.dataclass
-class Complement:
+class Complement(abc.ABC):
     """A gradient without its projection, on its way to the weight.
 
     Attributes:
@@ -48,17 +49,17 @@ class Complement:
     lr: float
     scale: float
 
+    @abc.abstractmethod
     def join(self, update: Tensor) -> Tensor:
         """L with what of S is in the subspace's coordinates.
 
         Args:
             update: L, the step in the subspace, learning rate and scale included; of R's shape.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def take_from_(self, weight: Tensor) -> None:
         """Takes the rest of S from the weight (m, n), in place, after ``join``."""
-        raise NotImplementedError
 
     def _phi(self, update: Tensor) -> Tensor:
         phi = _norms(update, self.dim) / (abs(self.lr) * self.scale * (self.norms + _EPS))
@@ -73,26 +74,34 @@ class Complement:
 
 @dataclasses.dataclass
 class FormedComplement(Complement):
-    """One that has been formed.
+    """One that has been formed, or some entries of it.
 
     Attributes:
-        grad: G - P P^T G, (m, n); then S times its step size.
+        grad: G - P P^T G, (m, n), or (m, k) of its entries; then S times its step size.
+        columns: (b, k) int32, which entries; None for all.
     """
 
     grad: Tensor
+    columns: Tensor | None = None
 
     def join(self, update: Tensor) -> Tensor:
         """L as it is."""
         if self.lr == 0.0:
             self.grad.zero_()
             return update
-        self.grad.mul_(self._phi(update))
+        phi = self._phi(update)
+        if self.columns is not None and self.dim is ProjectedDim.ROWS:
+            phi = entries_of(phi.expand(self.grad.shape[0], -1), self.columns)
+        self.grad.mul_(phi)
         self.grad.mul_(self._step_size(torch.linalg.vector_norm(self.grad, dtype=torch.float32)))
         return update
 
     def take_from_(self, weight: Tensor) -> None:
         """All of S."""
-        weight.sub_(self.grad)
+        if self.columns is None:
+            weight.sub_(self.grad)
+        else:
+            add_at_(weight, self.columns, self.grad.neg_())
 
 
 @dataclasses.dataclass
@@ -124,35 +133,6 @@ class FactoredComplement(Complement):
             self.product.take_from_(weight, self._factors, self.dim)
 
 
-@dataclasses.dataclass
-class SparseComplement(Complement):
-    """Some entries of one.
-
-    Attributes:
-        errors: G - P P^T G at the entries, (m, k); then S times its step size.
-        columns: (b, k) int32, which entries.
-    """
-
-    errors: Tensor
-    columns: Tensor
-
-    def join(self, update: Tensor) -> Tensor:
-        """L as it is."""
-        if self.lr == 0.0:
-            self.errors.zero_()
-            return update
-        phi = self._phi(update)
-        if self.dim is ProjectedDim.ROWS:
-            phi = entries_of(phi.expand(self.errors.shape[0], -1), self.columns)
-        self.errors.mul_(phi)
-        self.errors.mul_(self._step_size(torch.linalg.vector_norm(self.errors, dtype=torch.float32)))
-        return update
-
-    def take_from_(self, weight: Tensor) -> None:
-        """All of S."""
-        add_at_(weight, self.columns, self.errors.neg_())
-
-
 def complement_at(
     record: ProjectedParameter, errors: Tensor, projected: Tensor, group: Mapping[str, Any], scale: float
 ) -> Complement:
@@ -166,7 +146,7 @@ def complement_at(
     residual = record.residual
     assert residual is not None and residual.norm is not None
     about = (record.dim, _norms(projected, record.dim), residual.norm, _learning_rate(group), scale)
-    return SparseComplement(*about, errors, residual.columns)
+    return FormedComplement(*about, errors, residual.columns)
 
 
 def complement_of(

@@ -32,8 +32,7 @@ def order_consumers(gm: fx.GraphModule) -> None:
     for consumer in gm.graph.find_nodes(op="call_function", target=consume_gradient):
         leading = consumer.args[:_NUM_LEADING]
         made = list(dict.fromkeys(_made_of(leading[2])))
-        last = max([*made, consumer], key=list(gm.graph.nodes).index)
-        last.append(consumer)
+        max([*made, consumer]).append(consumer)  # the last of them in the graph
         consumer.args = (*leading, made)
     gm.graph.lint()
     gm.recompile()
