@@ -110,7 +110,10 @@ _STUDIES = (
             "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
             "moments rotated, without residual": [*_PLUS, *_FAST, *_ROTATE, *_DROP],
             "gap 50": [*_PLUS, *_FAST, "--refresh-gap", "50"],
-            "gap 200": [*_PLUS, *_FAST, "--refresh-gap", "200"],
+            **{
+                f"gap 200{name}": [*_PLUS, *_FAST, "--refresh-gap", "200", *parts]
+                for name, parts in {"": [], ", density 0.06": _density(0.06), ", without residual": _DROP}.items()
+            },
             **{
                 f"{name}, seed {seed}": [*parts, "--seed", seed]
                 for seed in "12"
@@ -123,6 +126,8 @@ _STUDIES = (
             },
             **_AT_RANK_16,
             "rank 32, without residual": [*_PLUS, *_FAST, *_DROP, "--rank", "32"],
+            "rank 4, density 0.06": [*_PLUS, *_FAST, *_density(0.06), "--rank", "4"],
+            "rank 4, without residual": [*_PLUS, *_FAST, *_DROP, "--rank", "4"],
             "galore+, lr 2e-3": _PLUS,
             "galore+, lr 8e-3": [*_PLUS, "--lr", "8e-3"],
             "lr 2e-3, without residual": [*_PLUS, *_DROP],
