@@ -2,6 +2,7 @@
 
     python tools/quality.py             runs what is missing, goes on where a stopped run was, writes docs/quality.md
     python tools/quality.py galore+     of this study only
+    python tools/quality.py --all       more seeds, ranks, gaps and learning rates too
     python tools/quality.py --table     only writes the page
 
 Each variant is a run of ``tools/train.py`` (its default model, 10 M parameters), ``tools/arithmetic.py`` or
@@ -47,6 +48,7 @@ def main() -> None:
     """Runs what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="*", help=f"of {', '.join(STUDIES)}; default: all")
+    parser.add_argument("--all", action="store_true", help="more seeds, ranks, gaps and learning rates too")
     parser.add_argument("--table", action="store_true", help="write the page from what there is")
     parser.add_argument("--only", metavar="VARIANT", help="run this one of the study in this process")
     parser.add_argument("--out", default="runs/quality", help="folder of the runs")
@@ -56,10 +58,12 @@ def main() -> None:
         parser.error(f"no study {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
     chosen = [STUDIES[name] for name in arguments.study or STUDIES]
     if arguments.only:
+        if len(chosen) != 1 or arguments.only not in chosen[0].all_variants:
+            parser.error(f"--only takes a study and one of its variants: {'; '.join(chosen[0].all_variants)}")
         _run(chosen[0], arguments.only, Path(arguments.out))
         return
     for study in chosen if not arguments.table else ():
-        for name in study.variants:
+        for name in study.all_variants if arguments.all else study.variants:
             if (study.name, name) not in _rows():
                 print(f"{study.name}: {name} ...", flush=True)
                 command = [sys.executable, __file__, study.name, "--only", name, "--out", arguments.out]
@@ -71,21 +75,22 @@ def main() -> None:
 
 def _run(study: Study, name: str, out: Path) -> None:
     folder = out / study.name / name.replace(", ", "-").replace(" ", "-")
+    parts = study.all_variants[name]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("a") as output, contextlib.redirect_stdout(output):
         if study.script != "train":
             main = {"arithmetic": arithmetic.main, "classify": classify.main}[study.script]
             command = ["--base", str(out / f"{study.script}-base"), "--steps", str(study.steps)]
-            figures = main([*command, *study.variants[name]])
-        elif study.variants[name][0] in peers.PEERS:
-            figures = peers.main([*study.variants[name], "--steps", str(study.steps)])
+            figures = main([*command, *parts])
+        elif parts[0] in peers.PEERS:
+            figures = peers.main([*parts, "--steps", str(study.steps)])
         else:
-            command = ["--out", str(folder), "--steps", str(study.steps), *study.variants[name]]
+            command = ["--out", str(folder), "--steps", str(study.steps), *parts]
             checkpoint = folder / "checkpoint.pt"
             if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] < study.steps:
                 command.append("--resume")
             figures = train.main(command)
-    row = {"study": study.name, "variant": name, "steps": study.steps, "arguments": study.variants[name]}
+    row = {"study": study.name, "variant": name, "steps": study.steps, "arguments": parts}
     bench.record("quality", row | {key: figures[key] for key in _KEPT if key in figures})
 
 
@@ -98,7 +103,7 @@ def _write() -> None:
     rows = _rows()
     sections = []
     for study in STUDIES.values():
-        found = {name: rows[study.name, name] for name in study.variants if (study.name, name) in rows}
+        found = {name: rows[study.name, name] for name in study.all_variants if (study.name, name) in rows}
         if found:
             paragraphs = study.text.format(steps=study.steps).split("\n\n")
             text = "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in paragraphs)

@@ -18,18 +18,25 @@ def _density(share: float) -> list[str]:
     return ["--part", f"residual_density={share}"]
 
 
-_PARTS = {
-    "galore": _GALORE,
-    "galore+": _PLUS,
-    "density 0.06": [*_PLUS, *_density(0.06)],
-    "without residual": [*_PLUS, *_DROP],
+def _by_seed(variants: dict[str, list[str]], seeds: str) -> dict[str, list[str]]:
+    """Each of ``variants`` with each seed, which 0 is not said of."""
+    return {
+        name if seed == "0" else f"{name}, seed {seed}": [*parts, "--seed", seed]
+        for seed in seeds
+        for name, parts in variants.items()
+    }
+
+
+# What both of GaLore+'s studies ask of: a quarter of the columns as rank, and one nearer to the 32 of 4096 it reports.
+_COMPARED = {
+    "galore, lr 4e-3": [*_GALORE, *_FAST],
+    "galore+": [*_PLUS, *_FAST],
+    "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
+    "without residual": [*_PLUS, *_FAST, *_DROP],
 }
-# Nearer to the rank GaLore+ reports, 32 of 4096, than the quarter is: on the text and on word problems.
-_AT_RANK_16 = {
-    f"rank 16, {name}{seed}": [*parts, *_FAST, "--rank", "16", *given]
-    for seed, given in {"": [], ", seed 1": ["--seed", "1"], ", seed 2": ["--seed", "2"]}.items()
-    for name, parts in _PARTS.items()
-}
+_AT_RANK_16 = _by_seed(
+    {f"rank 16, {name.removesuffix(', lr 4e-3')}": [*parts, "--rank", "16"] for name, parts in _COMPARED.items()}, "012"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Study:
         steps: of each run.
         against: the variant whose loss the others' is compared with.
         variants: name and arguments of each run.
+        further: those that run with ``--all`` only: more seeds, ranks, gaps and learning rates.
         script: of ``tools/`` that trains them: train (peers where the first argument is one), arithmetic or classify.
     """
 
@@ -52,6 +60,12 @@ class Study:
     against: str
     variants: dict[str, list[str]]
     script: str = "train"
+    further: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def all_variants(self) -> dict[str, list[str]]:
+        """``variants`` and ``further``."""
+        return self.variants | self.further
 
 
 _AGAIN = {
@@ -99,30 +113,20 @@ _STUDIES = (
             "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
             "adamw, lr 2e-3": ["--recipe", "full", "--lr", "2e-3"],
             "galore, lr 2e-3": _GALORE,
-            "galore, lr 4e-3": [*_GALORE, *_FAST],
             "galore, lr 8e-3": [*_GALORE, "--lr", "8e-3"],
-            "galore+": [*_PLUS, *_FAST],
-            "without residual": [*_PLUS, *_FAST, *_DROP],
-            "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
+            **_COMPARED,
+            "one basis a weight": [*_PLUS, *_FAST, *_NO_HEADS],
+        },
+        further={
+            **_by_seed(_COMPARED, "12"),
             "rectified": [*_PLUS, *_FAST, *_RECTIFIED],
             "additive": [*_PLUS, *_FAST, *_ADDITIVE],
-            "one basis a weight": [*_PLUS, *_FAST, *_NO_HEADS],
             "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
             "moments rotated, without residual": [*_PLUS, *_FAST, *_ROTATE, *_DROP],
             "gap 50": [*_PLUS, *_FAST, "--refresh-gap", "50"],
             **{
                 f"gap 200{name}": [*_PLUS, *_FAST, "--refresh-gap", "200", *parts]
                 for name, parts in {"": [], ", density 0.06": _density(0.06), ", without residual": _DROP}.items()
-            },
-            **{
-                f"{name}, seed {seed}": [*parts, "--seed", seed]
-                for seed in "12"
-                for name, parts in {
-                    "galore, lr 4e-3": [*_GALORE, *_FAST],
-                    "galore+": [*_PLUS, *_FAST],
-                    "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
-                    "without residual": [*_PLUS, *_FAST, *_DROP],
-                }.items()
             },
             **_AT_RANK_16,
             "rank 32, without residual": [*_PLUS, *_FAST, *_DROP, "--rank", "32"],
@@ -154,22 +158,12 @@ _STUDIES = (
         script="arithmetic",
         variants={
             "adamw, lr 1e-3": ["--recipe", "full", "--lr", "1e-3"],
-            "galore, lr 4e-3": [*_GALORE, *_FAST],
-            "galore+": [*_PLUS, *_FAST],
-            "without residual": [*_PLUS, *_FAST, *_DROP],
-            **{
-                f"{name}, seed {seed}": [*parts, "--seed", seed]
-                for seed in "12"
-                for name, parts in {
-                    "galore, lr 4e-3": [*_GALORE, *_FAST],
-                    "galore+": [*_PLUS, *_FAST],
-                    "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
-                    "without residual": [*_PLUS, *_FAST, *_DROP],
-                }.items()
-            },
-            "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
-            "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
+            **_COMPARED,
             "one basis a weight": [*_PLUS, *_FAST, *_NO_HEADS],
+        },
+        further={
+            **_by_seed(_COMPARED, "12"),
+            "moments rotated": [*_PLUS, *_FAST, *_ROTATE],
             **_AT_RANK_16,
             "galore, lr 2e-3": _GALORE,
             "galore+, lr 2e-3": _PLUS,
@@ -195,15 +189,14 @@ _STUDIES = (
                 ("gradnormlorp, one side", "gradnormlorp", ["--part", "sides=one"], ("1e-3", "3e-3")),
             )
             for lr in rates
-        }
-        | {
-            f"{title}, seed {seed}": [*parts, "--seed", seed]
-            for title, parts in {
+        },
+        further=_by_seed(
+            {
                 "LoRA, lr 6e-4": ["--way", "lora", "--lr", "6e-4"],
                 "gradnormlorp, lr 3e-3": ["--way", "gradnormlorp", "--lr", "3e-3"],
-            }.items()
-            for seed in "12"
-        },
+            },
+            "12",
+        ),
     ),
     Study(
         "recipes",
@@ -233,8 +226,13 @@ _STUDIES = (
                 "LoRA, lr 2e-3": ["lora", "--lr", "2e-3"],
                 "LoRA, lr 6e-3": ["lora", "--lr", "6e-3"],
                 "galore-torch": ["galore_torch"],
+            }.items()
+        },
+        further={
+            title: [*parts, *_SMALL]
+            for title, parts in {
                 **{f"{name}, lr 4e-3": [*parts, "--lr", "4e-3"] for name, parts in _AGAIN.items()},
-                **{f"{name}, seed {seed}": [*parts, "--seed", seed] for name, parts in _BEST.items() for seed in "12"},
+                **_by_seed(_BEST, "12"),
             }.items()
         },
     ),
