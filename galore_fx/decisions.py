@@ -88,7 +88,8 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         check_sample(model, request.sample)
     layout = updates.layout(updates.read(instance.param_groups[0]), instance.param_groups[0])
     if resolved.projects and resolved.moments_on_refresh == "rotate":
-        check_rotates(layout, type(instance).__name__)
+        for group in instance.param_groups:
+            check_rotates(updates.layout(updates.read(group), group), type(instance).__name__)
     made = plan_parameters(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         regions,

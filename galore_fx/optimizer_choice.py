@@ -24,7 +24,7 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(choice, torch.optim.Optimizer):
         instance = choice
-        if instance.state:
+        if any(float(state.get("step", 1.0)) > 0.0 for state in instance.state.values()):  # Adagrad's begins filled
             raise OptimizerError(
                 f"the {type(instance).__name__} given has already stepped; its full-rank state cannot be taken over. "
                 "Compile before the first step, or pass the class"

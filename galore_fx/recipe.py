@@ -110,7 +110,8 @@ class Recipe:
         residual_variant: at these entries the step of full-rank training in place of the back-projected one; or the
             optimizer's step on the error of the projection added to it; or the error itself, scaled as by Fira, which
             keeps no states.
-        residual_warm_up: updates in which the entries are learnt, from their errors; nothing is added in them.
+        residual_warm_up: updates in which the entries are learnt, from their errors; nothing is added in them. All
+            columns have had their turn after about 2.4 / residual_density.
         weight_norm: "row" or "column": the blocks' linear weights are frozen, and what is trained of them is a low-rank
             change and a magnitude for each row or column of the sum (GradNormLoRP, Huang et al. 2024,
             arXiv:2412.19616; reconstructed, see runtime/normalized_linear.py). ``rank`` is that of the factors, whose
@@ -159,7 +160,7 @@ class Recipe:
     residual: Residual = "drop"
     residual_density: float = 0.02
     residual_variant: ResidualVariant = "rectified"
-    residual_warm_up: int = 100
+    residual_warm_up: int = 120
     weight_norm: WeightNorm | None = None
     sides: Sides = "two"
     factor_scale: float = 1.0

@@ -127,11 +127,17 @@ class BackwardUpdates:
         """
         record, product = self._records[id(parameter)], GradientProduct(rows, cols)
         projected = product.projected(record.basis, record.dim).to(record.leaf.dtype)
-        if not parameter.requires_grad or not (accumulates(record.leaf) or accumulates(parameter)):
+        if not (accumulates(record.leaf) or accumulates(parameter)):
+            return projected
+        is_due = self._refreshes.is_due(record) and record.basis_owner is None
+        is_sketched = is_due and not record.is_random and record.refresh_form is not GradientForm.FULL
+        if not parameter.requires_grad:
+            if is_sketched:  # for those that share its basis
+                self._keep_sketch(record, product, projected)
+                self._refreshes.apply_after(record, self.updated)
             return projected
         self._refuse_second(parameter)
         self._consumed.add(id(parameter))
-        is_due = self._refreshes.is_due(record) and record.basis_owner is None
         waits = record.num_uses > 1 or record.form is not GradientForm.CONSUMED
         if waits or (is_due and record.refresh_form is GradientForm.FULL):
             grad = product.formed().to(parameter.dtype)
@@ -139,13 +145,16 @@ class BackwardUpdates:
             if not waits:
                 self._take(parameter, parameter)
         else:
-            if is_due and not record.is_random:
-                record.sketch_leaf.grad = product.refresh_of(record, projected).to(record.leaf.dtype)
-                self._refreshes.keep_sketch(record)
+            if is_sketched:
+                self._keep_sketch(record, product, projected)
             with self._observe("update", projected):
                 energies = product.energies(record.dim)
                 self._finish(parameter, projected, product, energies.sum(), energies)
         return projected
+
+    def _keep_sketch(self, record: ProjectedParameter, product: GradientProduct, projected: Tensor) -> None:
+        record.sketch_leaf.grad = product.refresh_of(record, projected).to(record.leaf.dtype)
+        self._refreshes.keep_sketch(record)
 
     def _finish(
         self,

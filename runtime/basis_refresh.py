@@ -79,7 +79,8 @@ class BasisRefresh:
         one for each combination.
         """
         for key, record in self._records.items():
-            if record.basis_owner is not None:
+            is_frozen = not record.weight.requires_grad and not record.shares_basis
+            if record.basis_owner is not None or is_frozen:
                 self.queue.due_since.pop(key, None)
         self._turn = self.queue.turn()
         layers = {self.queue.layer_of(key) for key in self._turn}
@@ -107,10 +108,16 @@ class BasisRefresh:
         if sketch is not None and id(record.weight) in self.queue.due_since:
             self._sketches.setdefault(id(record.weight), sketch)
 
-    def project_full(self, record: ProjectedParameter, grad: Tensor) -> None:
-        """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due."""
+    def project_full(self, record: ProjectedParameter, grad: Tensor, *, renew: bool = True) -> None:
+        """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due.
+
+        Args:
+            record: of the weight.
+            grad: its gradient; forgotten.
+            renew: whether an SVD may do so; not where the update is going to be skipped.
+        """
         key, is_due = id(record.weight), self.is_due(record)
-        if record.refresh_form is GradientForm.FULL and is_due:
+        if record.refresh_form is GradientForm.FULL and is_due and renew:
             self._renew(
                 record,
                 lambda: new_basis(record, grad),
@@ -154,6 +161,11 @@ class BasisRefresh:
         """Renews what has been sketched and waits for a weight that got no gradient; the window is over."""
         for key in list(self._sketches):
             self.apply_sketch(self._records[key])
+
+    def pass_on(self) -> None:
+        """The window's update is done: what had its turn and got no gradient waits again, behind the others."""
+        for key in self._turn & self.queue.due_since.keys():
+            self.queue.fail(key, self.counters.num_updates)
 
     def sharers(self) -> set[int]:
         """Identities of the weights whose basis is that of another one."""

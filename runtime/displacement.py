@@ -11,6 +11,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from galore_fx.runtime.wide_norm import wide_norm
+
 
 @dataclasses.dataclass
 class Displacement:
@@ -37,7 +39,7 @@ class Displacement:
             first: d_1, of the same shape; written where the basis is new.
         """
         age = self.ages[key] = self.ages.get(key, 0) + 1
-        norm = torch.linalg.vector_norm(projected, dtype=torch.float32)
+        norm = wide_norm(projected)
         if age == 1:
             torch.div(projected, norm.clamp_min(torch.finfo(torch.float32).tiny), out=first)
         elif age % self.interval == 0:

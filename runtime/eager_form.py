@@ -74,8 +74,9 @@ def _record_of(weight: object) -> tuple[ProjectedParameter, bool] | None:
     forms = GradientForm.FULL, GradientForm.CONSUMED
     if record is not None and record.form is GradientForm.CONSUMED:
         record.num_uses += 1
-    usable = record is not None and record.form not in forms and record.weight.requires_grad
-    return (record, transposed) if usable and record is not None else None
+    if record is None or record.form in forms or not (record.weight.requires_grad or record.shares_basis):
+        return None
+    return record, transposed
 
 
 def _transposed(weight: Tensor) -> tuple[torch.Size, tuple[int, ...]]:

@@ -29,6 +29,7 @@ class GradientWatch:
 
     def __init__(self) -> None:
         self._versions: dict[int, int] = {}
+        self._has_warned = False
 
     def note(self, parameter: nn.Parameter, _holder: Tensor) -> None:
         """Remembers a full gradient as autograd left it."""
@@ -38,6 +39,22 @@ class GradientWatch:
     def forget(self) -> None:
         """All changes up to now are our own."""
         self._versions.clear()
+
+    def warn_of_missing(self, trained: Iterable[nn.Parameter], found: Iterable[nn.Parameter]) -> None:
+        """Says once that no projected weight got a gradient, though others did.
+
+        Args:
+            trained: the projected weights.
+            found: all parameters that got one.
+        """
+        keys = {id(parameter) for parameter in trained if parameter.requires_grad}
+        if keys and not self._has_warned and keys.isdisjoint(map(id, found)):
+            self._has_warned = True
+            warnings.warn(
+                "no projected weight got a gradient, though other parameters did, so only those are trained. "
+                "backward(inputs=...) does not reach what projected gradients arrive in: leave inputs out",
+                stacklevel=5,
+            )
 
     def warn_of_changes(self, parameters: Iterable[nn.Parameter]) -> None:
         """Says so where someone has changed full gradients and cannot have changed the projected ones."""

@@ -11,6 +11,7 @@ from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParamet
 from galore_fx.runtime.repetition import alike
 from galore_fx.runtime.sampled_heads import gradient_of_heads
 from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.wide_norm import wide_norm
 
 # What is formed of G at once has at most so many elements, or 64 rows (columns) where those are more.
 PART_ELEMENTS = 2**21
@@ -54,8 +55,7 @@ class GradientProduct:
         found = torch.empty(split.shape[1], dtype=torch.float32, device=split.device)
         for at in _parts(split.shape[1], whole.shape[1]):
             part = split[:, at].T @ whole if by_rows else whole.T @ split[:, at]
-            norms = torch.linalg.vector_norm(part, dim=1 if by_rows else 0, dtype=torch.float32)
-            torch.mul(norms, norms, out=found[at])
+            found[at] = wide_norm(part, 1 if by_rows else 0).view(-1).square()
         return found[:, None] if by_rows else found[None, :]
 
     def take_from_(self, weight: Tensor, factors: Tensor, dim: ProjectedDim) -> None:

@@ -26,6 +26,8 @@ from galore_fx.runtime.update_protocol import Layout
 # States that are linear in the gradients, and averages or sums of its squares.
 _LINEAR = ("exp_avg", "momentum_buffer", "grad_avg")
 _SQUARED = ("exp_avg_sq", "square_avg", "sum")
+# Of the former those that are means of gradients; RMSprop's momentum adds up steps.
+_MEANS = ("exp_avg", "grad_avg")
 
 
 def check_rotates(layout: Layout, optimizer: str) -> None:
@@ -79,7 +81,7 @@ def rotate_moments(
         layout: what the optimizer keeps.
     """
     decoded = {name: _read(state, name, shape, layout) for name in layout.initial}
-    first = next((decoded[name] for name in _LINEAR if name in decoded), None)
+    first = next((decoded[name] for name in _MEANS if name in decoded), None)
     bias1, bias2 = _biases(state, group)
     # Squares first: they read the first moment as it was.
     for name, value in sorted(decoded.items(), key=lambda item: item[0] in _LINEAR):

@@ -252,6 +252,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._watch.forget()
         self._backward.close_window()
         if updated:
+            self.refreshes.pass_on()
             self.counters.num_updates += 1
             self._residuals.set_learning(self.counters.num_updates)
             if self._merge is not None:
@@ -265,6 +266,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         gradients = self._collect()
         if not gradients:
             return
+        self._watch.warn_of_missing((record.weight for record in self.records), (p for p, _ in gradients))
         norm = torch.nn.utils.get_total_norm([grad for _, grad in gradients])
         self.grad_norm = float(norm)
         if not torch.isfinite(norm):
@@ -281,16 +283,27 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     def _collect(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter with its gradient, projected where it is; full gradients of what is due are consumed."""
         gradients = []
+        is_finite = self._full_gradients_are_finite()
         for parameter in self._parameters():
             if not parameter.requires_grad:
                 continue  # frozen since compile: as torch.optim, which sees no gradient then
             record = self._records.get(id(parameter))
             if record is not None and parameter.grad is not None:
-                self.refreshes.project_full(record, parameter.grad)
+                # One that is not finite itself is counted as a refresh that failed.
+                renew = is_finite or not bool(torch.isfinite(torch.linalg.vector_norm(parameter.grad)))
+                self.refreshes.project_full(record, parameter.grad, renew=renew)
             holder = record.leaf if record is not None else parameter
             if holder.grad is not None:
                 gradients.append((parameter, holder.grad))
         return gradients
+
+    def _full_gradients_are_finite(self) -> bool:
+        """Whether nothing keeps a step from following on the bases that full gradients are about to renew."""
+        full = [record.weight.grad for record in self._records.values() if record.weight.grad is not None]
+        if not full:
+            return True
+        others = [holder.grad for holder in self._holders() if holder.grad is not None]
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm([*full, *others])))
 
     def _holders(self) -> Iterable[Tensor]:
         for parameter in self._parameters():

@@ -4,8 +4,9 @@
 copy of that function runs here whose ``linear`` is ours; masks, heads and dropout stay torch's.
 
 Cross-attention splits a packed weight (3 E, E) into parts of its rows. A basis of the columns serves all parts, and
-``R`` is split as the weight is. A basis of the rows, and the gradient of heads that may lie in any part, would need the
-whole product at once: such a weight keeps its full gradient.
+``R`` is split as the weight is, and so are a residual's entries where each part begins with a block of rows. A basis of
+the rows, and the gradient of heads that may lie in any part, would need the whole product at once: such a weight keeps
+its full gradient.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from galore_fx.runtime.compatibility import attention_with_linear
 from galore_fx.runtime.projected_linear import WeightLayout, projected_linear
+from galore_fx.runtime.sparse_residual import BLOCK_ROWS, num_blocks
 from galore_fx.runtime.subspace import ProjectedDim
 
 # What the weight's record gives, as ``projected_linear`` takes it, and the value of a ``ProjectedDim``.
@@ -45,10 +47,12 @@ class _Projected:
     dim: str
 
     def split(self, sizes: list[int]) -> Any:
-        if self.dim == ProjectedDim.ROWS.value or "head_features" in self.inputs:
+        splits_blocks = "residual_leaf" in self.inputs and any(size % BLOCK_ROWS for size in sizes[:-1])
+        if self.dim == ProjectedDim.ROWS.value or "head_features" in self.inputs or splits_blocks:
             return self.weight.split(sizes)
-        by_rows = [name for name in ("leaf", "residual_leaf", "residual_columns") if name in self.inputs]
-        parts = zip(*(self.inputs[name].split(sizes) for name in by_rows), strict=True)
+        numbers = {"leaf": sizes, "residual_leaf": sizes, "residual_columns": [num_blocks(size) for size in sizes]}
+        by_rows = [name for name in numbers if name in self.inputs]
+        parts = zip(*(self.inputs[name].split(numbers[name]) for name in by_rows), strict=True)
         return tuple(
             dataclasses.replace(self, weight=weight, inputs={**self.inputs, **dict(zip(by_rows, part, strict=True))})
             for weight, part in zip(self.weight.split(sizes), parts, strict=True)

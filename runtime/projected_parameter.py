@@ -191,8 +191,8 @@ class ProjectedParameter:
 
     @property
     def is_underway(self) -> bool:
-        """Whether its basis may not be exchanged now: a gradient has been projected with it in this window."""
-        return self.shares_basis and self.leaf.grad is not None
+        """Whether a gradient has been projected in this window: basis and form stay as they are until its end."""
+        return self.leaf.grad is not None
 
     @property
     def draws(self) -> bool:

@@ -189,7 +189,8 @@ class RefreshQueue:
         criterion, is_first = self.criterion, num_updates < self._schedule.num_initial
         if isinstance(criterion, LazyGaps):
             due = [key for key in due if is_first or criterion.is_due(key, num_updates)]
-            criterion.last.update(dict.fromkeys(due, num_updates))
+            # The updates at the start are one refresh, from which the gaps count.
+            criterion.last.update(dict.fromkeys(due, 0 if is_first else num_updates))
         elif isinstance(criterion, Displacement) and not is_first:
             used_up = criterion.take()
             due = [key for key in self._layers if key in used_up]
@@ -258,7 +259,7 @@ class RefreshQueue:
             self.displacement.restart(key)
 
     def fail(self, key: int, num_updates: int) -> None:
-        """It has not got one, and waits again behind the others, which a gradient of NaN would else hold up."""
+        """It has not got one, and waits again behind the others, which a gradient of NaN, or none, would hold up."""
         if key in self.due_since:
             self.due_since[key] = num_updates + 1
 

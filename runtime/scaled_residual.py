@@ -25,6 +25,7 @@ from galore_fx.runtime.gradient_product import GradientProduct
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.sparse_residual import add_at_, entries_of
 from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.wide_norm import wide_norm
 
 # The norm of S may grow by so much from one update to the next.
 _GROWTH = 1.01
@@ -93,7 +94,7 @@ class FormedComplement(Complement):
         if self.columns is not None and self.dim is ProjectedDim.ROWS:
             phi = entries_of(phi.expand(self.grad.shape[0], -1), self.columns)
         self.grad.mul_(phi)
-        self.grad.mul_(self._step_size(torch.linalg.vector_norm(self.grad, dtype=torch.float32)))
+        self.grad.mul_(self._step_size(wide_norm(self.grad)))
         return update
 
     def take_from_(self, weight: Tensor) -> None:
@@ -193,6 +194,4 @@ def _energies_back(projected: Tensor, basis: Tensor, dim: ProjectedDim) -> Tenso
 
 
 def _norms(tensor: Tensor, dim: ProjectedDim) -> Tensor:
-    along = 1 if dim is ProjectedDim.COLS else 0
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=along, keepdim=True, dtype=torch.float32)
-    return norms
+    return wide_norm(tensor, 1 if dim is ProjectedDim.COLS else 0)

@@ -19,7 +19,7 @@ numbers next to no memory. Single entries, chosen freely, cost more than the who
 Which columns: in the warm-up all k slots of a block are measured in each update. Half of them, those of the largest
 mean |E|, are kept for the next one, in the last quarter of the warm-up more and more of them; the others try the next
 columns that are not kept, in turn. So nothing of the weight's size is held, and every block ends with k different
-columns. All have had their turn after about 2 / density updates.
+columns. All have had their turn after about 2.4 / density updates.
 
 Source: GaLore+, Liao et al. 2024, arXiv:2412.19820 (sparsely coded residuals, indices learnt in a warm-up); the body of
 the paper was not at hand: the variants, the blocks and the contest for them are reconstructed, *scaled* is ours.
@@ -101,6 +101,11 @@ class SparseResidual:
         """Whether the entries are still being chosen; nothing is updated by them then."""
         return self.scores is not None
 
+    def _num_kept(self, num_updates: int) -> int:
+        """Half of the slots, in the last quarter of the warm-up more and more, and in the end all."""
+        done = max(0.0, 4 * (num_updates + 1) / self.warm_up - 3)
+        return math.ceil(self.columns.shape[1] * (1 + done) / 2)
+
     def learn(self, errors: Tensor, num_columns: int, num_updates: int) -> None:
         """Notes |E| of the slots, keeps the largest and tries other columns in the place of the rest.
 
@@ -111,15 +116,13 @@ class SparseResidual:
         """
         assert self.scores is not None
         num_slots = self.columns.shape[1]
-        # Half of the slots, in the last quarter of the warm-up more and more, and in the end all.
-        done = max(0.0, 4 * (num_updates + 1) / self.warm_up - 3)
-        num_kept = math.ceil(num_slots * (1 + done) / 2)
+        num_kept = self._num_kept(num_updates)
         padded = torch.nn.functional.pad(errors.abs().float(), (0, 0, 0, -errors.shape[0] % BLOCK_ROWS))
         measured = padded.view(-1, BLOCK_ROWS, num_slots).sum(1)
         means = torch.where(self.scores > 0, self.scores.lerp(measured, _WEIGHT_OF_NEW), measured)
         kept = means.topk(num_kept, dim=1).indices
         columns = self.columns.gather(1, kept)
-        first = (num_updates + 1) * (num_slots // 2)
+        first = sum(num_slots - self._num_kept(update) for update in range(num_updates))
         starts = torch.arange(columns.shape[0], device=columns.device)[:, None] * _STRIDE + first
         turns = (torch.arange(num_columns, device=columns.device) - starts) % num_columns
         turns.scatter_(1, columns.long(), num_columns)  # kept columns are not tried again
@@ -134,8 +137,8 @@ def num_blocks(num_rows: int) -> int:
 
 
 def num_entries(density: float, num_columns: int) -> int:
-    """Entries of a row."""
-    return max(1, min(num_columns, round(density * num_columns)))
+    """Entries of a row: two at least, one to be kept and one to be tried."""
+    return min(num_columns, max(2, round(density * num_columns)))
 
 
 def products_at(left: Tensor, right: Tensor, columns: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from galore_fx.runtime.subspace import ProjectedDim, project
+from galore_fx.runtime.wide_norm import wide_norm
 
 
 def sketch_overlap(old: Tensor, sketch: Tensor) -> float:
@@ -46,7 +47,7 @@ def first_vector_cosine(old: Tensor, new: Tensor) -> float:
 
 
 def _energy(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) ** 2
+    return float(wide_norm(tensor)) ** 2
 
 
 def _corrected(share: float, chance: float) -> float:

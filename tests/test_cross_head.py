@@ -9,6 +9,7 @@ import galore_fx
 from galore_fx.measurement import counted_peak
 from galore_fx.runtime.projected_parameter import GradientForm
 from galore_fx.runtime.sampled_heads import SampledHeads, basis_of_heads
+from galore_fx.runtime.sparse_residual import entries_of
 from galore_fx.runtime.subspace import ProjectedDim, exact_basis
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama, straight_and_resumed, train
 
@@ -113,6 +114,23 @@ def test_cross_attention_of_torch_splits_the_packed_weight():
         model.galore_fx.optimizer.step()
     expected = exact_basis(plain.attention.in_proj_weight.grad[features], 4, record.dim)
     torch.testing.assert_close(_span(record.basis), _span(expected), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("size", [128, 16], ids=["by blocks", "as a whole"])
+def test_a_residual_is_split_where_the_parts_begin_with_a_block_of_rows(size):
+    torch.manual_seed(0)
+    attention = torch.nn.MultiheadAttention(size, 4, batch_first=True).train()
+    plain = copy.deepcopy(attention)
+    galore_fx.compile(attention, rank=4, optimizer=adamw(), project="input", residual="sparse", residual_density=0.2)
+    x, y = torch.randn(2, 5, size), torch.randn(2, 7, size)
+    for each in (plain, attention):
+        each(x, y, y, need_weights=False)[0].square().sum().backward()
+    record = next(r for r in attention.galore_fx.optimizer.records if r.name == "in_proj_weight")
+    expected = entries_of(plain.in_proj_weight.grad, record.residual.columns)
+    if size == 16:
+        with pytest.warns(UserWarning, match="the full gradient of in_proj_weight was formed"):
+            attention.galore_fx.optimizer.clip_grad_norm_(1e9)
+    torch.testing.assert_close(record.residual.leaf.grad, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_head_is_drawn_and_the_draw_follows_from_its_number():
@@ -223,9 +241,11 @@ def test_a_frozen_sharer_does_not_hold_up_the_others():
     assert model.galore_fx.stats()["refresh_queue"] == []
 
 
-def test_a_basis_is_not_exchanged_in_the_middle_of_a_window():
+@pytest.mark.parametrize("cross_head", [SHARED["cross_head"], "query-key"])
+def test_a_basis_is_not_exchanged_in_the_middle_of_a_window(cross_head):
     """The first micro-batch runs the block's own code, in eval mode; the graph is seen with the second."""
-    model, plain = galore_fx.compile(llama(1), optimizer=adamw(), **SHARED), llama(1)
+    parts = {**SHARED, "cross_head": cross_head}
+    model, plain = galore_fx.compile(llama(1), optimizer=adamw(), **parts), llama(1)
     ids, layers = batches(2), by_layer(model)
     for each in (model, plain):
         backward(each.eval(), ids[0])
@@ -236,6 +256,7 @@ def test_a_basis_is_not_exchanged_in_the_middle_of_a_window():
     model.galore_fx.optimizer.step()
     train(model, ids)
     assert key.basis_owner is None, "an update has used its own basis"
+    assert layers["q_proj"].heads is not None
 
 
 def test_keys_of_another_rank_keep_their_basis_and_are_named():

@@ -108,6 +108,12 @@ def test_wrong_optimizers_are_refused_and_change_nothing(make, message):
     assert _fingerprint(model) == before
 
 
+def test_an_adagrad_that_is_new_is_none_that_has_stepped():
+    model = llama(1)
+    galore_fx.compile(model, optimizer=torch.optim.Adagrad(model.parameters()))
+    assert model.galore_fx.optimizer.records
+
+
 def test_models_and_samples_that_cannot_be_compiled():
     with pytest.raises(galore_fx.ModelError, match="Embedding has no trainable linear layer"):
         galore_fx.compile(nn.Embedding(8, 8))

@@ -73,6 +73,25 @@ def test_rotated_there_and_back_the_first_moment_is_the_same_and_8_bits_are_near
         assert float((_read(state, "exp_avg", shape, layout) - first).norm() / first.norm()) < tolerance
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_rmsprops_momentum_is_no_mean_of_gradients(centered):
+    """It adds up steps, some 1e5 times as long as gradients here; the mean of squares is mixed by itself."""
+    torch.manual_seed(0)
+    grad, average = 1e-5 * torch.randn(6, 4), 1e-5 * torch.randn(6, 4)
+    layout = Layout()
+    layout.initial = {"square_avg": 0.0, "momentum_buffer": 0.0} | ({"grad_avg": 0.0} if centered else {})
+    square = grad.square() + average.square()
+    state = {"square_avg": square.clone(), "momentum_buffer": grad / 1e-5, "step": torch.tensor(7.0)}
+    state |= {"grad_avg": average.clone()} if centered else {}
+    rotation = torch.linalg.qr(torch.randn(4, 4)).Q
+    rotate_moments(state, rotation, ProjectedDim.COLS, torch.Size((6, 4)), {}, layout)
+    expected = square @ rotation.square().T
+    if centered:
+        expected = (square - average**2) @ rotation.square().T + (average @ rotation.T) ** 2
+    torch.testing.assert_close(state["square_avg"], expected.abs(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(state["momentum_buffer"], grad / 1e-5 @ rotation.T)
+
+
 @pytest.mark.parametrize("how", ["keep", "rotate", "reset"])
 def test_the_states_of_a_training(how):
     """With rank 64, the whole side, a rotated first moment means the same full-size moment in both bases."""
@@ -107,3 +126,8 @@ def test_states_that_are_not_known_are_refused():
         galore_fx.compile(
             llama(1), moments_on_refresh="rotate", optimizer=functools.partial(torch.optim.Adamax, lr=1e-3)
         )
+    model = llama(1)
+    head, others = [model.lm_head.weight], [p for p in model.parameters() if p is not model.lm_head.weight]
+    groups = torch.optim.AdamW([{"params": head}, {"params": others, "amsgrad": True}], lr=1e-3)
+    with pytest.raises(galore_fx.OptimizerError, match="how to rotate max_exp_avg_sq of AdamW"):
+        galore_fx.compile(model, moments_on_refresh="rotate", optimizer=groups)

@@ -2,6 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 
 import galore_fx
@@ -10,6 +11,7 @@ from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
 from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.recipe import Recipe
 from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshCost, RefreshLimits, RefreshQueue
+from tests.calls import Blocks
 from tests.models import adamw, batches, llama
 
 
@@ -109,6 +111,35 @@ def test_a_refresh_that_exceeds_a_limit_alone_or_a_gap_too_short_is_refused():
         galore_fx.plan(llama(4), recipe="galore", refresh_limit=1, refresh_gap=3)
     with pytest.raises(galore_fx.SettingError, match="refresh_limit_s=-1 must be a finite number above 0"):
         galore_fx.plan(llama(2), refresh_limit_s=-1)
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize("recipe", ["galore", "auto"])
+def test_a_block_without_a_gradient_holds_up_no_other(recipe):
+    """The first one is not run, the last one is frozen later on; the one between them has its turns."""
+    torch.manual_seed(0)
+    parts = {"recipe": recipe, "refresh_limit": 1, "refresh_gap": 4, "stagger": False}
+    model = galore_fx.compile(Blocks(count=3), rank=4, optimizer=adamw(), **parts)
+    of_block = {
+        name: [r for r in model.galore_fx.optimizer.records if r.name.startswith(f"blocks.{name}.")]
+        for name in range(3)
+    }
+
+    def train(count):
+        for _ in range(count):
+            model.blocks[2](model.blocks[1](torch.randn(2, 24))).square().sum().backward()
+            model.galore_fx.optimizer.step()
+
+    first = [r.basis.clone() for r in of_block[2]]
+    train(8)
+    assert not any(torch.equal(r.basis, basis) for r, basis in zip(of_block[2], first, strict=True))
+    model.blocks[2].requires_grad_(False)
+    before = {name: [r.basis.clone() for r in records] for name, records in of_block.items()}
+    train(8)
+    for name, has_changed in ((0, False), (1, True), (2, False)):
+        for record, basis in zip(of_block[name], before[name], strict=True):
+            assert torch.equal(record.basis, basis) is not has_changed, record.name
+    assert "blocks.2" not in [entry["block"] for entry in model.galore_fx.stats()["refresh_queue"]]
 
 
 def test_bytes_limit_what_refreshes_and_no_step_exceeds_the_plan():

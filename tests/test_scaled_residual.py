@@ -9,7 +9,7 @@ from galore_fx.runtime.gradient_product import GradientProduct
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.scaled_residual import complement_of
 from galore_fx.runtime.subspace import ProjectedDim, add_back_projection_, random_basis
-from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed
+from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed, train
 from tests.references import PlainFira
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
@@ -82,6 +82,17 @@ def test_a_row_without_a_gradient_stays_where_it_is_but_for_the_momentum(dim, fo
     without = (taken[False] if dim is ProjectedDim.COLS else taken[False].T)[2]
     torch.testing.assert_close(without, torch.zeros_like(without))
     torch.testing.assert_close(taken[True], -taken[False])
+
+
+@pytest.mark.parametrize("recipe", ["fira", "galore+", "lotus"])
+def test_float64_trains_as_float32_does(recipe):
+    parts = {"recipe": recipe, "rank": 8, "optimizer": adamw()} | (
+        {"residual_warm_up": 1} if recipe == "galore+" else {"lotus_interval": 1} if recipe == "lotus" else {}
+    )
+    models = [galore_fx.compile(llama(1).to(dtype), **parts) for dtype in (torch.float32, torch.float64)]
+    for model in models:
+        train(model, batches(3))
+    assert largest_error(*models) < 1e-3
 
 
 def test_a_random_basis_stays_the_one_that_was_drawn():

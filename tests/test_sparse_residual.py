@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_the_warm_up_finds_the_largest_errors_and_never_a_column_twice():
     found = sum(len(set(a) & set(b)) for a, b in zip(residual.columns.tolist(), large.tolist(), strict=True))
     assert found == large.numel()
     assert residual.scores is None
+
+
+@pytest.mark.parametrize(("num_columns", "density"), [(1000, 0.02), (60, 0.01), (100, 0.25)])
+def test_the_warm_up_measures_every_column(num_columns, density):
+    """Also where so few entries are wanted that one slot would do."""
+    residual = SparseResidual.create(torch.zeros(64, num_columns), density, variant="scaled", warm_up=1)
+    num_slots = residual.columns.shape[1]
+    residual.warm_up = math.ceil(2.8 * num_columns / num_slots)
+    seen = set()
+    for update in range(residual.warm_up):
+        seen.update(residual.columns.flatten().tolist())
+        residual.scores = torch.zeros_like(residual.columns, dtype=torch.float32)
+        residual.learn(torch.rand(64, num_slots), num_columns, update)
+    assert len(seen) == num_columns
 
 
 class PlainResidual:

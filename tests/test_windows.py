@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import galore_fx
 from galore_fx.runtime.subspace import orthonormalize, project
-from tests.models import adamw, backward, batches, largest_error, llama
+from tests.models import adamw, backward, batches, largest_error, llama, train
 
 RANK = 8
 
@@ -138,6 +139,33 @@ def test_a_step_with_nan_changes_nothing_and_is_counted(recipe):
     model.galore_fx.optimizer.step()
     assert model.galore_fx.stats()["num_updates"] == 2
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_step_that_will_be_skipped_renews_no_basis():
+    """One weight's gradient is not finite, the others' are and are due for an SVD, which would reset their states."""
+    model = galore_fx.compile(llama(2), recipe="galore", refresh_gap=2, moments_on_refresh="reset", optimizer=adamw())
+    optimizer, ids = model.galore_fx.optimizer, batches(3)
+    train(model, ids[:2])
+    backward(model, ids[2])
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    model.model.layers[0].mlp.up_proj.weight.grad[3, 5] = torch.inf
+    optimizer.step()
+    after = (model.state_dict(), optimizer.state_dict()["state"])
+    assert model.galore_fx.stats()["num_skipped"] == 1
+    for old, new in zip(tree_leaves(before), tree_leaves(after), strict=True):
+        assert torch.equal(torch.as_tensor(old), torch.as_tensor(new))
+    backward(model, ids[2])
+    num_refreshes = model.galore_fx.stats()["num_refreshes"]
+    optimizer.step()
+    assert model.galore_fx.stats()["num_refreshes"] == num_refreshes + 14, "they have waited"
+
+
+def test_inputs_of_a_backward_that_leave_the_projected_gradients_out_are_told():
+    model = galore_fx.compile(llama(1), optimizer=adamw())
+    ids = batches(1)[0]
+    model(input_ids=ids, labels=ids).loss.backward(inputs=list(model.parameters()))
+    with pytest.warns(UserWarning, match=r"no projected weight got a gradient.*leave inputs out"):
+        model.galore_fx.optimizer.step()
 
 
 def test_nan_in_the_backward_mode_skips_the_parameters_it_reaches():

@@ -1,8 +1,10 @@
 """What renewing a block's bases adds to a step, in bytes and seconds: by what the queue of refreshes is limited.
 
 From shapes alone, so that every process of a training finds the same; bytes are an upper bound (workspaces of blocks
-that refresh together are added up, though one is alive at a time), seconds are at a nominal rate, and without the
-products of the sketch, which grow with the batch. The peak of a plan does not hang on them: it is simulated.
+that refresh together are added up, though one is alive at a time) but for two things: heads that are drawn, which the
+graph shows later, keep up to a head's rows more than the rank, and rotated moments pass by in float32. Seconds are at a
+nominal rate, and without the products of the sketch, which grow with the batch. The peak of a plan does not hang on
+these costs: it is simulated.
 
                          kept until the update      workspace, float32     operations
     svd                  G (m, n)                   G, U, S, V             14 m n^2 + 8 n^3, n the shorter side
