@@ -26,14 +26,15 @@ RECIPES = {
     ),
     "full": Recipe("full", projects=False),
     # Reconstructed: Liao et al. 2024, arXiv:2412.19820. Cross-head bases of queries and keys, subspace iteration and
-    # sparse residuals are the paper's; gap, density and how the residual is applied are ours (docs/quality.md).
+    # sparse residuals are the paper's; rank, gap, density and how the residual is applied are ours (docs/quality.md).
     "galore+": Recipe(
         "galore+",
         project="input",
         cross_head="query-key",
         residual="sparse",
         residual_variant="scaled",
-        refresh_gap=20,
+        rank=0.0625,
+        refresh_gap=200,
     ),
     # Su et al. 2025, arXiv:2504.20437: GaLore with randomized refreshes; on one device. How many columns it has besides
     # the rank is not known; here its sketch starts from the old basis.
