@@ -51,6 +51,8 @@ def plan(
         device: "cpu" or "cuda", where it is to be trained; the model's by default, "cuda" for one on the meta device.
         reserve: as of ``compile``.
     """
+    if device not in (None, "cpu", "cuda"):
+        raise SettingError(f"device={device!r} is not 'cpu' or 'cuda'; leave it out for where the model is")
     request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, device, reserve)
     with normalized(model, request) as (asked, _):
         return (decide(model, asked) if sample is None else decide_for_sample(model, asked)).plan
@@ -109,6 +111,10 @@ def compile(  # noqa: A001 - the name users know from torch.compile
     """
     request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, reserve=reserve)
     if plan is not None:
+        if not isinstance(plan, Plan):
+            raise SettingError(
+                f"plan={plan!r:.60} is a {type(plan).__name__}; galore_fx.plan makes plans, Plan.from_json reads them"
+            )
         _refuse_beside_plan(request)
         request = Request(recipe=Recipe(**plan.recipe), optimizer=optimizer)
     with normalized(model, request) as (asked, normalization):

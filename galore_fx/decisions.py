@@ -148,13 +148,16 @@ def decide_as_planned(model: nn.Module, plan: Plan, optimizer: OptimizerChoice) 
     for what, theirs, ours in (
         ("optimizer", plan.optimizer, made.optimizer),
         ("blocks", plan.regions, made.regions),
-        ("frozen parameters and buffers, in bytes", str(plan.fixed_bytes), str(made.fixed_bytes)),
         ("parameters", [_identity(p) for p in plan.parameters], [_identity(p) for p in made.parameters]),
+        ("frozen parameters and buffers, in bytes", str(plan.fixed_bytes), str(made.fixed_bytes)),
     ):
         if theirs != ours:
             differing = next(((a, b) for a, b in zip(theirs, ours, strict=False) if a != b), (len(theirs), len(ours)))
             shown = (theirs, ours) if isinstance(theirs, str) else differing
-            raise ModelError(f"the plan was made for other {what}: {shown[0]} in the plan, {shown[1]} in this model")
+            raise ModelError(
+                f"the plan was made for other {what}: {shown[0]} in the plan, {shown[1]} in this model. Another "
+                "dtype or shape is enough for that; make a new plan with galore_fx.plan"
+            )
     here = next(model.parameters()).device.type
     if plan.device not in (None, here):
         warnings.warn(

@@ -12,7 +12,7 @@ from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.recipe import Recipe
-from galore_fx.runtime.dispatch import ClearingZeroGrad, PlainSave
+from galore_fx.runtime.dispatch import ClearingZeroGrad, FixedPlace, PlainSave
 from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.factor_merge import FactorMerge
 from galore_fx.runtime.normalized_linear import NormalizedLinear, trained_parts
@@ -46,6 +46,7 @@ def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoi
     optimizer = _make_optimizer(decisions, records, layers)
     if decisions.optimizer is given:
         retire(decisions.optimizer)
+    model._apply = FixedPlace(model)  # type: ignore[method-assign]
     model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
     is_plain = not trained_parts(model) and not any(isinstance(p, QuantizedTensor) for p in model.parameters())
     if hasattr(model, PlainSave.method) and not is_plain:

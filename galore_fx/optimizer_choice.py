@@ -35,6 +35,8 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
             raise OptimizerError(f"optimizer={choice!r} is not {_ALLOWED}")
         make: Callable[..., torch.optim.Optimizer] = choice
         instance = make([p for p in model.parameters() if p.requires_grad])
+    if any(group.get("differentiable") for group in instance.param_groups):
+        raise OptimizerError("differentiable=True keeps a graph through step(), which has none here; leave it out")
     given = {id(p) for group in instance.param_groups for p in group["params"]}
     foreign = len(given - trained.keys())
     if foreign:
@@ -74,5 +76,11 @@ def retire(instance: torch.optim.Optimizer) -> None:
     def load_state_dict(self: torch.optim.Optimizer, state_dict: Any) -> Any:
         raise UsageError(f"this {type(self).__name__} keeps no state; load it into model.galore_fx.optimizer")
 
-    for method in (step, state_dict, load_state_dict):
+    def add_param_group(self: torch.optim.Optimizer, param_group: Any) -> None:
+        raise UsageError(
+            f"this {type(self).__name__} has been compiled into model.galore_fx.optimizer, which a later group would "
+            "have neither state nor plan in; add all groups before galore_fx.compile"
+        )
+
+    for method in (step, state_dict, load_state_dict, add_param_group):
         setattr(instance, method.__name__, types.MethodType(method, instance))

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from galore_fx.errors import SettingError
+from galore_fx.recipe import Recipe
 from galore_fx.units import format_bytes
 
 CATEGORIES = ("weights", "factors", "bases", "optimizer_state", "residuals", "gradients")
@@ -215,6 +216,11 @@ class Plan:
         """
         try:
             data = json.loads(text)
+            Recipe(**data["recipe"])  # has the parts that a recipe has
+            if len(data["activation_policy"]) != len(data["regions"]):
+                raise ValueError(
+                    f"{len(data['activation_policy'])} shares of activations, {len(data['regions'])} blocks"
+                )
             parameters = tuple(
                 ParameterPlan(**{**entry, "shape": tuple(entry["shape"]), "shared_with": tuple(entry["shared_with"])})
                 for entry in data["parameters"]

@@ -65,7 +65,7 @@ def resolve_recipe(name: str | Recipe, overrides: dict[str, Any]) -> Recipe:
     """
     if isinstance(name, Recipe):
         recipe = name
-    elif name in RECIPES:
+    elif isinstance(name, str) and name in RECIPES:
         recipe = RECIPES[name]
     else:
         raise SettingError(f"unknown recipe {name!r}; available: {', '.join(sorted(RECIPES))}")

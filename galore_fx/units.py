@@ -37,17 +37,20 @@ def parse_bytes(value: str | int, name: str = "budget") -> int:
     Raises:
         SettingError: not of that form, or not positive; names the value.
     """
+    allowed = f"{_ALLOWED}{', or auto for what the device has' if name == 'budget' else ''}"
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise SettingError(f"{name} {value!r} is a {type(value).__name__}; give {_ALLOWED}, or an int of bytes")
+        raise SettingError(f"{name} {value!r} is a {type(value).__name__}; give {allowed}, or an int of bytes")
     if isinstance(value, int):
         num_bytes = value
     else:
         match = _PATTERN.fullmatch(value)
         factor = _UNITS.get(match.group(2).upper()) if match else None
         if match is None or factor is None:
-            raise SettingError(f"{name} {value!r} is not {_ALLOWED}, for example '16GB'")
+            raise SettingError(f"{name} {value!r} is not {allowed}, for example '16GB'")
         size = float(match.group(1)) * factor
-        num_bytes = int(size) if math.isfinite(size) else 0
+        if not math.isfinite(size):
+            raise SettingError(f"{name} {value!r} is more than any device has")
+        num_bytes = int(size)
     if num_bytes <= 0:
         raise SettingError(f"{name} {value!r} must be more than 0 bytes")
     return num_bytes

@@ -135,7 +135,8 @@ class BasisRefresh:
             self._named.add(record.name)
             warnings.warn(
                 f"the full gradient of {record.name} was formed, and then projected: the weight is read by something "
-                "that is no linear layer, or outside its block. Right, but slow and large",
+                "that is no linear layer, or outside its block, or its block did not run through galore_fx. Right, but "
+                "slow and large",
                 stacklevel=2,
             )
         projected = record.project(grad)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from galore_fx.errors import CaptureError
+from galore_fx.errors import CaptureError, UsageError
 from galore_fx.runtime.compatibility import DynamoError, in_backward, refuse_unsupported_modes
 from galore_fx.runtime.eager_form import run_eager
 from galore_fx.runtime.normalized_linear import with_merged_weights
@@ -199,10 +199,19 @@ class TrainingForward(_StandIn):
         self.check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.original = original
         self.training = training
+        self._told_of_eval = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Dispatches one call."""
         if not (self.module.training and torch.is_grad_enabled()):
+            if torch.is_grad_enabled() and not self._told_of_eval:
+                self._told_of_eval = True
+                warnings.warn(
+                    f"this {type(self.module).__name__} runs in eval mode with grad enabled: uncompiled, and planned "
+                    "by no budget. Call model.train() to train it (from_pretrained returns a model in eval mode), or "
+                    "use torch.no_grad() to evaluate it",
+                    stacklevel=2,
+                )
             return self.original(*args, **kwargs)
         refuse_unsupported_modes()
         if self.check is not None:
@@ -253,6 +262,28 @@ class ClearingZeroGrad(_StandIn):
         """As ``nn.Module.zero_grad``."""
         plain_method(self.module, self.method)(set_to_none)
         self._zero_grad(set_to_none)
+
+
+class FixedPlace(_StandIn):
+    """The model's ``_apply``, which ``to``, ``cuda``, ``half`` and the like call: it may change nothing."""
+
+    method = "_apply"
+
+    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
+        """Lets a call pass that leaves the model where it is.
+
+        Raises:
+            UsageError: the model would move, or be cast.
+        """
+        tensors = [*self.module.parameters(), *self.module.buffers()]
+        for dtype, device in {(tensor.dtype, tensor.device) for tensor in tensors}:
+            made = fn(torch.empty(0, dtype=dtype, device=device))
+            if (made.dtype, made.device) != (dtype, device):
+                raise UsageError(
+                    f"this model is compiled for {dtype} on {device} and cannot become {made.dtype} on {made.device}: "
+                    "its bases, states and graphs would stay. Move and cast it before galore_fx.compile"
+                )
+        return self.module
 
 
 class PlainSave(_StandIn):

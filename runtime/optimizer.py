@@ -25,6 +25,7 @@ from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
 from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.factor_merge import FactorMerge
 from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
+from galore_fx.runtime.misuse import refuse_other_optimizers, refuse_scaler, warn_of_processes
 from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments, rotation_between
 from galore_fx.runtime.optimizer_state import RESIDUAL, STATE_VERSION, Counters, restore
 from galore_fx.runtime.parameter_states import ParameterStates
@@ -61,6 +62,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         rounding_seed: of the stochastic rounding of weights in 8 bits, None to round them to the nearest.
         merge: adds low-rank changes to frozen weights from time to time, None for never.
     """
+
+    # GradScaler then tells step() that it calls, which refuses it.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -124,6 +128,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
         self._install_hooks()
         self._open_window()
+        if records:
+            refuse_other_optimizers(SubspaceOptimizer)
 
     # What the user calls.
 
@@ -134,7 +140,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model again and returns the loss; called first, with grad enabled.
+
+        Raises:
+            UsageError: called by a GradScaler, which does not see projected gradients.
         """
+        if self._records:
+            refuse_scaler(self)
+            warn_of_processes()
         loss = None
         if closure is not None:
             with torch.enable_grad():

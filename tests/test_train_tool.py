@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+import galore_fx
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 train = pytest.importorskip("train", reason="tools/ is not beside the tests")
@@ -60,6 +62,40 @@ def test_accumulation_and_the_backward_mode_train(small):
     _, arguments = small
     assert train.main(arguments("a", "--accumulate", 2, "--max-grad-norm", 1.0))["num_skipped"] == 0
     assert train.main(arguments("b", "--update", "in-backward"))["num_skipped"] == 0
+
+
+def test_a_checkpoint_is_neither_overwritten_unasked_nor_read_where_it_is_damaged(small):
+    folder, arguments = small
+    checkpoint = folder / "held" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"no checkpoint")
+    with pytest.raises(train.InputError, match="--resume goes on with that run, --overwrite starts anew"):
+        train.main(arguments("held"))
+    with pytest.raises(train.InputError, match="checkpoint.pt is damaged or was not written by train.py"):
+        train.main(arguments("held", "--resume"))
+    assert checkpoint.read_bytes() == b"no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seq", 1], "--seq 1: must be at least 2"),
+        (["--vocabulary", 5], "--vocabulary 5: must be at least 256"),
+        (["--stop-after", 0], "--stop-after 0: must be at least 1"),
+        (["--lr", "nan"], "--lr nan: must be a finite number"),
+        (["--part", "rank=4"], "rank is given by --rank and by --part"),
+        (["--out", "{folder}/text.txt"], "text.txt: is a file; name a folder"),
+        (["--text", "{folder}/one"], "one has one text file"),
+        (["--accumulate", 2, "--update", "in-backward"], "micro_batches=2 accumulate gradients"),
+    ],
+)
+def test_bad_arguments_are_named(small, more, message):
+    folder, arguments = small
+    (folder / "one").mkdir()
+    (folder / "one" / "only.txt").write_text("words " * 900)
+    given = [value.format(folder=folder) if isinstance(value, str) else value for value in more]
+    with pytest.raises((train.InputError, train.TextError, galore_fx.SettingError), match=message):
+        train.main(arguments("out", *given))
 
 
 @pytest.mark.parametrize(

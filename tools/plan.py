@@ -14,6 +14,7 @@ Exit status: 0 it fits (or no budget was given), 2 it does not, or the input is 
 import argparse
 import functools
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.json:
             _write(arguments.json, lambda path: path.write_text(plan.to_json()))
         if arguments.plot:
+            if importlib.util.find_spec("matplotlib") is None:
+                raise InputError("--plot needs matplotlib; pip install -e '.[plots]'")
             _write(arguments.plot, functools.partial(draw, plan))
     except (InputError, galore_fx.GaloreFxError) as error:
         print(f"plan.py: {error}", file=sys.stderr)

@@ -87,8 +87,9 @@ def _run(study: Study, name: str, out: Path) -> None:
         else:
             command = ["--out", str(folder), "--steps", str(study.steps), *parts]
             checkpoint = folder / "checkpoint.pt"
-            if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["step"] < study.steps:
-                command.append("--resume")
+            if checkpoint.exists():
+                unfinished = torch.load(checkpoint, weights_only=True)["step"] < study.steps
+                command.append("--resume" if unfinished else "--overwrite")
             figures = train.main(command)
     row = {"study": study.name, "variant": name, "steps": study.steps, "arguments": parts}
     bench.record("quality", row | {key: figures[key] for key in _KEPT if key in figures})

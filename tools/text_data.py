@@ -86,6 +86,8 @@ def read_corpus(path: str | None, num_tokens: int) -> Corpus:
             train_bytes += len(text)
         elif held_out_bytes >= _HELD_OUT_BYTES:
             break
+    if held_out and not train:
+        raise TextError(f"{source} has one text file, and one of a folder is held out; give the file itself, or more")
     if not train or not held_out:
         raise TextError(f"{source}: too little text to train on and hold some out (found {train_bytes} characters)")
     return Corpus(train, held_out, source)

@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import resource
 import sys
 import time
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import galore_fx
+from galore_fx.recipes import resolve_recipe
 from galore_fx.runtime.meter import MemoryCount, count_memory, tensor_bytes
 from galore_fx.units import format_bytes
 
@@ -41,10 +43,20 @@ RUN_SETTINGS = (
     "seq",
     "lr",
     "weight_decay",
+    "recipe",
+    "rank",
+    "refresh_gap",
+    "update",
+    "state_bits",
+    "max_grad_norm",
+    "part",
+    "budget",
     "dtype",
     "vocabulary",
     "seed",
 )
+# Parts of a recipe with an option of their own.
+_PART_OPTIONS = ("rank", "refresh_gap", "update", "state_bits", "max_grad_norm")
 # Counted on this step, when everything is compiled and allocated.
 COUNTED_STEP = 4
 
@@ -79,10 +91,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--stop-after", type=int, help="stop after this step, as if interrupted")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a checkpoint")
     arguments = parser.parse_args(argv)
-    for name in ("steps", "batch", "accumulate", "seq", "vocabulary", "save_every"):
-        if getattr(arguments, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1")
+    least = {"steps": 1, "batch": 1, "accumulate": 1, "seq": 2, "vocabulary": 256, "save_every": 1, "stop_after": 1}
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < smallest:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {smallest}")
+    if not 0.0 <= arguments.lr < math.inf:
+        raise InputError(f"--lr {arguments.lr}: must be a finite number of at least 0")
+    arguments.part = {name: value for name, value in arguments.part}
+    twice = [name for name in _PART_OPTIONS if name in arguments.part and getattr(arguments, name) is not None]
+    if twice:
+        raise InputError(f"{twice[0]} is given by --{twice[0].replace('_', '-')} and by --part; leave one of them out")
     return arguments
 
 
@@ -93,6 +114,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     checkpoint_path = out / "checkpoint.pt"
     if arguments.resume and not checkpoint_path.exists():
         raise InputError(f"--resume: there is no {checkpoint_path}; start without --resume, or give its --out")
+    if checkpoint_path.exists() and not (arguments.resume or arguments.overwrite):
+        raise InputError(
+            f"{checkpoint_path} is there: --resume goes on with that run, --overwrite starts anew, and --out names "
+            "another folder"
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; name a folder")
+    resolve_recipe(arguments.recipe, _parts(arguments))  # before anything takes time
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, sequences, tokenizer = _model_and_text(arguments)
@@ -274,21 +303,28 @@ def _model_and_text(arguments: argparse.Namespace) -> tuple[Any, Sequences, Any]
 
 
 def _compile(model: nn.Module, arguments: argparse.Namespace) -> None:
-    parts = {
-        name: getattr(arguments, name) for name in ("rank", "refresh_gap", "update", "state_bits", "max_grad_norm")
-    }
-    parts = {name: value for name, value in parts.items() if value is not None} | dict(arguments.part)
     galore_fx.compile(
         model,
         arguments.budget,
         recipe=arguments.recipe,
         optimizer=functools.partial(torch.optim.AdamW, lr=arguments.lr, weight_decay=arguments.weight_decay),
-        **parts,
+        micro_batches=arguments.accumulate,
+        **_parts(arguments),
     )
 
 
+def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(arguments, name) for name in _PART_OPTIONS}
+    return {name: value for name, value in given.items() if value is not None} | arguments.part
+
+
 def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespace) -> int:
-    state = torch.load(path, weights_only=True)
+    try:
+        state = torch.load(path, weights_only=True)
+        if "settings" not in state:
+            raise KeyError("settings")
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"--resume: {path} is damaged or was not written by train.py: {error!r:.200}") from error
     for name, saved in state["settings"].items():
         if getattr(arguments, name) != saved:
             option = f"--{name.replace('_', '-')}"

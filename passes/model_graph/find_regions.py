@@ -63,6 +63,10 @@ def find_regions(model: nn.Module) -> list[Region]:
             regions.append(Region(name, module, weights))
     if not regions:
         weights = _linear_weights("", model, claimed)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ModelError(
+                f"no parameter of this {type(model).__name__} has requires_grad=True; unfreeze what is to be trained"
+            )
         if not weights:
             raise ModelError(
                 f"{type(model).__name__} has no trainable linear layer (nn.Linear or transformers' Conv1D); "

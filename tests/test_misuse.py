@@ -1,0 +1,105 @@
+"""What would train a compiled model wrongly in silence is refused, or named."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+
+import galore_fx
+from tests.models import adamw, backward, batches, llama, train
+
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
+
+def compiled(**settings):
+    return galore_fx.compile(llama(1), optimizer=adamw(), rank=8, **settings)
+
+
+def test_another_optimizer_over_projected_weights_is_refused_and_one_over_others_is_not():
+    model, other = compiled(), llama(1)
+    stranger = torch.optim.AdamW(model.parameters())
+    backward(model, batches(1)[0])
+    with pytest.raises(galore_fx.UsageError, match=r"this AdamW would not train .*q_proj.weight.*optimizers=\("):
+        stranger.step()
+    torch.optim.SGD([model.lm_head.weight], lr=0.1).step()
+    backward(other, batches(1)[0])
+    torch.optim.AdamW(other.parameters()).step()
+    model.galore_fx.optimizer.step()
+
+
+def test_a_scaler_is_refused():
+    model, scaler = compiled(), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ids = batches(1)[0]
+    scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+    with pytest.raises(galore_fx.UsageError, match="GradScaler unscales the gradients of parameters"):
+        scaler.step(model.galore_fx.optimizer)
+    model.zero_grad()
+    train(model, batches(1))
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_bits": 8}], ids=["plain", "8 bits"])
+def test_a_compiled_model_stays_where_it_is(settings):
+    model = compiled(**settings)
+    assert model.to("cpu") is model and model.to(torch.float32) is model and model.cpu() is model
+    train(model, batches(1))
+    for move in (lambda: model.to(torch.bfloat16), model.half, lambda: model.to("meta")):
+        with pytest.raises(galore_fx.UsageError, match=r"cannot become .* Move and cast it before galore_fx.compile"):
+            move()
+    train(model, batches(1))
+
+
+def test_eval_mode_with_grad_is_named_once():
+    model, ids = compiled(), batches(1)[0]
+    with pytest.warns(UserWarning, match=r"runs in eval mode with grad enabled.*Call model.train\(\)"):
+        backward(model.eval(), ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backward(model, ids)
+        with torch.no_grad():
+            model(input_ids=ids)
+
+
+def test_inputs_of_a_backward_that_leave_the_projected_gradients_out_are_named():
+    model, ids = compiled(), batches(1)[0]
+    model(input_ids=ids, labels=ids).loss.backward(inputs=list(model.parameters()))
+    with pytest.warns(UserWarning, match=r"no projected weight got a gradient.*leave inputs out"):
+        model.galore_fx.optimizer.step()
+
+
+def test_the_instance_that_was_given_takes_no_more_groups():
+    model = llama(1)
+    head = model.lm_head.weight
+    instance = torch.optim.AdamW([p for p in model.parameters() if p is not head])
+    head.requires_grad_(False)
+    galore_fx.compile(model, optimizer=instance)
+    with pytest.raises(galore_fx.UsageError, match="add all groups before galore_fx.compile"):
+        instance.add_param_group({"params": [head]})
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: galore_fx.plan(m, device="tpu"), "SettingError", "device='tpu' is not 'cpu' or 'cuda'"),
+        (lambda m: galore_fx.compile(m, plan="{}"), "SettingError", "plan='{}' is a str; galore_fx.plan makes plans"),
+        (lambda m: galore_fx.compile(m, recipe=["galore"]), "SettingError", r"unknown recipe \['galore'\]"),
+        (lambda m: galore_fx.compile(m, "16 gigs"), "SettingError", "or auto for what the device has"),
+        (lambda m: galore_fx.compile(m.requires_grad_(False)), "ModelError", "no parameter .* has requires_grad=True"),
+        (
+            lambda m: galore_fx.compile(m, optimizer=functools.partial(torch.optim.AdamW, differentiable=True)),
+            "OptimizerError",
+            "differentiable=True keeps a graph",
+        ),
+    ],
+)
+def test_values_that_are_none(call, error, message):
+    with pytest.raises(getattr(galore_fx, error), match=message):
+        call(llama(1))
+
+
+def test_an_edited_plan_is_refused_when_it_is_read():
+    text = galore_fx.plan(llama(1)).to_json()
+    for old, new in (('"rank"', '"ranc"'), ('"activation_policy": [', '"activation_policy": [0.5, ')):
+        assert old in text
+        with pytest.raises(galore_fx.SettingError, match="not a plan that galore_fx wrote"):
+            galore_fx.Plan.from_json(text.replace(old, new, 1))
