@@ -150,6 +150,7 @@ def _compiled(
     compiler = RegionCompiler()
     head = None if request.keep_logits or made.keep_logits else HeadCompiler()
     blocks = install(model, decisions.regions, compiler, head, policy=made.activation_policy, strict=strict)
+    built.optimizer.register_step_pre_hook(blocks.whole.warn_of_eval)
     compiled = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)
     blocks.whole.check = TrainingCheck(
         PlannedBatch(model, made.batch) if made.batch else None,

@@ -199,19 +199,12 @@ class TrainingForward(_StandIn):
         self.check: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None
         self.original = original
         self.training = training
-        self._told_of_eval = False
+        self._ran_in_eval = self._told_of_eval = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Dispatches one call."""
         if not (self.module.training and torch.is_grad_enabled()):
-            if torch.is_grad_enabled() and not self._told_of_eval:
-                self._told_of_eval = True
-                warnings.warn(
-                    f"this {type(self.module).__name__} runs in eval mode with grad enabled: uncompiled, and planned "
-                    "by no budget. Call model.train() to train it (from_pretrained returns a model in eval mode), or "
-                    "use torch.no_grad() to evaluate it",
-                    stacklevel=2,
-                )
+            self._ran_in_eval = torch.is_grad_enabled()
             return self.original(*args, **kwargs)
         refuse_unsupported_modes()
         if self.check is not None:
@@ -234,6 +227,16 @@ class TrainingForward(_StandIn):
                     )
                     return result
             return self.original(*args, **kwargs)
+
+    def warn_of_eval(self, *_given: object) -> None:
+        """Called before each update: says once that a model is trained in eval mode."""
+        if self._ran_in_eval and not self.module.training and not self._told_of_eval:
+            self._told_of_eval = True
+            warnings.warn(
+                f"this {type(self.module).__name__} is trained in eval mode: uncompiled, and planned by no budget. "
+                "Call model.train() first (from_pretrained returns a model in eval mode)",
+                stacklevel=4,
+            )
 
 
 class OpaqueForward(_StandIn):

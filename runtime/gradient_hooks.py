@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,20 +26,24 @@ def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[.
 
 
 class GradientWatch:
-    """Notices a clipping or scaling that could see the full-rank gradients only."""
+    """Notices a clipping or scaling that could see the full-rank gradients only.
+
+    A gradient's version tells that it was written to, and its first element that the values are other ones: who only
+    wants to know the norm (transformers' Trainer) multiplies by one.
+    """
 
     def __init__(self) -> None:
-        self._versions: dict[int, int] = {}
+        self._noted: dict[int, tuple[int, Tensor]] = {}
         self._has_warned = False
 
     def note(self, parameter: nn.Parameter, _holder: Tensor) -> None:
         """Remembers a full gradient as autograd left it."""
         if parameter.grad is not None:
-            self._versions[id(parameter)] = parameter.grad._version
+            self._noted[id(parameter)] = parameter.grad._version, _first_element(parameter.grad).clone()
 
     def forget(self) -> None:
         """All changes up to now are our own."""
-        self._versions.clear()
+        self._noted.clear()
 
     def warn_of_missing(self, trained: Iterable[nn.Parameter], found: Iterable[nn.Parameter]) -> None:
         """Says once that no projected weight got a gradient, though others did.
@@ -59,8 +64,10 @@ class GradientWatch:
     def warn_of_changes(self, parameters: Iterable[nn.Parameter]) -> None:
         """Says so where someone has changed full gradients and cannot have changed the projected ones."""
         for parameter in parameters:
-            noted = self._versions.get(id(parameter))
-            if noted is not None and parameter.grad is not None and parameter.grad._version != noted:
+            noted = self._noted.get(id(parameter))
+            if noted is None or parameter.grad is None or parameter.grad._version == noted[0]:
+                continue
+            if not torch.equal(_first_element(parameter.grad), noted[1]):
                 warnings.warn(
                     "gradients of full-rank parameters were changed between backward() and step(); projected gradients "
                     "are no parameter's .grad and were not. To clip all of them together, call "
@@ -68,3 +75,7 @@ class GradientWatch:
                     stacklevel=5,
                 )
                 return
+
+
+def _first_element(grad: Tensor) -> Tensor:
+    return grad.detach()[(0,) * grad.dim()]
