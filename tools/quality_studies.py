@@ -30,13 +30,13 @@ def _by_seed(variants: dict[str, list[str]], seeds: str) -> dict[str, list[str]]
 # What both of GaLore+'s studies ask with three seeds.
 _COMPARED = {
     "galore, lr 4e-3": [*_GALORE, *_FAST],
-    "galore, rank 16": [*_GALORE, *_FAST, "--rank", "16"],
+    "galore, rank 16": [*_GALORE, *_FAST, "--part", "rank=16"],
     "galore+": [*_PLUS, *_FAST],
     "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
     "without residual": [*_PLUS, *_FAST, *_DROP],
 }
 # GaLore+ as the recipe was first: a larger rank, bases renewed often.
-_OFTEN = ["--rank", "0.25", "--refresh-gap", "20"]
+_OFTEN = ["--part", "rank=0.25", "--part", "refresh_gap=20"]
 _OFTEN_DENSE = "galore+, rank 0.25, gap 20, density 0.06"
 _COMPARED_OFTEN = {
     "rank 64, gap 20": [*_PLUS, *_FAST, *_OFTEN],
