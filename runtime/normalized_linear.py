@@ -83,6 +83,19 @@ class NormalizedLinear(nn.Module):
         weight = direction * (factor if self.by_column else factor[:, None]).to(direction.dtype)
         return weight.T.contiguous() if self.in_first else weight
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """As of a module; refuses a merged weight even where missing names are allowed (Trainer's resume)."""
+        if f"{prefix}weight" in state_dict and f"{prefix}base_weight" not in state_dict:
+            errors = lists[-1]
+            errors.append(
+                f"{prefix}weight is a merged one, as save_pretrained writes it, and does not tell its factors: "
+                "resume from model.state_dict(), or load it into a plain model and compile that"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+
     def square_norms(self, parts: Mapping[str, Tensor]) -> Tensor:
         """||V||^2 of the rows or columns, float32 at least, whatever autocast says."""
         base, out, in_ = self._out_in(parts["base_weight"]), parts["factor_out"], parts["factor_in"]

@@ -117,7 +117,10 @@ def test_what_is_exported_is_the_training_model(make, tmp_path):
         backward(model, batch)
         model.galore_fx.optimizer.step()
     model.save_pretrained(tmp_path)
-    assert set(galore_fx.plain_state_dict(model)) == names
+    exported = galore_fx.plain_state_dict(model)
+    assert set(exported) == names
+    with pytest.raises(RuntimeError, match=r"weight is a merged one, as save_pretrained writes it.*resume from"):
+        model.load_state_dict(exported, strict=False)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(input_ids=ids[0]).logits, model.eval()(input_ids=ids[0]).logits)
