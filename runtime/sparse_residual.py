@@ -21,11 +21,12 @@ mean |E|, are kept for the next one, in the last quarter of the warm-up more and
 columns that are not kept, in turn. So nothing of the weight's size is held, and every block ends with k different
 columns. All have had their turn after about 2.4 / density updates.
 
-Source: GaLore+, Liao et al. 2024, arXiv:2412.19820 (sparsely coded residuals, indices learnt in a warm-up); the body of
-the paper was not at hand: the variants, the blocks and the contest for them are reconstructed, *scaled* is ours.
+Source: GaLore+, Liao et al. 2024, arXiv:2412.19820 (sparsely coded residuals, indices learnt in a warm-up); the
+variants, the blocks and the contest for them are reconstructed, *scaled* is ours.
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -101,11 +102,6 @@ class SparseResidual:
         """Whether the entries are still being chosen; nothing is updated by them then."""
         return self.scores is not None
 
-    def _num_kept(self, num_updates: int) -> int:
-        """Half of the slots, in the last quarter of the warm-up more and more, and in the end all."""
-        done = max(0.0, 4 * (num_updates + 1) / self.warm_up - 3)
-        return math.ceil(self.columns.shape[1] * (1 + done) / 2)
-
     def learn(self, errors: Tensor, num_columns: int, num_updates: int) -> None:
         """Notes |E| of the slots, keeps the largest and tries other columns in the place of the rest.
 
@@ -116,19 +112,33 @@ class SparseResidual:
         """
         assert self.scores is not None
         num_slots = self.columns.shape[1]
-        num_kept = self._num_kept(num_updates)
+        num_kept, num_tried = _contest(num_slots, self.warm_up)[num_updates]
         padded = torch.nn.functional.pad(errors.abs().float(), (0, 0, 0, -errors.shape[0] % BLOCK_ROWS))
         measured = padded.view(-1, BLOCK_ROWS, num_slots).sum(1)
         means = torch.where(self.scores > 0, self.scores.lerp(measured, _WEIGHT_OF_NEW), measured)
         kept = means.topk(num_kept, dim=1).indices
         columns = self.columns.gather(1, kept)
-        first = sum(num_slots - self._num_kept(update) for update in range(num_updates))
-        starts = torch.arange(columns.shape[0], device=columns.device)[:, None] * _STRIDE + first
+        starts = torch.arange(columns.shape[0], device=columns.device)[:, None] * _STRIDE + num_tried
         turns = (torch.arange(num_columns, device=columns.device) - starts) % num_columns
         turns.scatter_(1, columns.long(), num_columns)  # kept columns are not tried again
         tried = turns.topk(num_slots - num_kept, dim=1, largest=False).indices
         self.columns.copy_(torch.cat([columns, tried.to(torch.int32)], dim=1))
         self.scores.copy_(torch.cat([means.gather(1, kept), means.new_zeros(tried.shape)], dim=1))
+
+
+@functools.lru_cache(maxsize=64)
+def _contest(num_slots: int, warm_up: int) -> tuple[tuple[int, int], ...]:
+    """For each update how many slots are kept, and how many have been exchanged before.
+
+    Half of them are kept, in the last quarter of the warm-up more and more, and in the end all.
+    """
+    schedule, num_tried = [], 0
+    for update in range(1, warm_up + 1):
+        done = max(0.0, 4 * update / warm_up - 3)
+        num_kept = max(1, math.floor(num_slots * (1 + done) / 2))
+        schedule.append((num_kept, num_tried))
+        num_tried += num_slots - num_kept
+    return tuple(schedule)
 
 
 def num_blocks(num_rows: int) -> int:

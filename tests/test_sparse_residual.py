@@ -82,12 +82,14 @@ def test_the_warm_up_finds_the_largest_errors_and_never_a_column_twice():
     assert residual.scores is None
 
 
-@pytest.mark.parametrize(("num_columns", "density"), [(1000, 0.02), (60, 0.01), (100, 0.25)])
+@pytest.mark.parametrize(
+    ("num_columns", "density"), [(n, 0.02) for n in (96, 128, 256, 768, 1000, 4096)] + [(60, 0.01), (100, 0.25)]
+)
 def test_the_warm_up_measures_every_column(num_columns, density):
-    """Also where so few entries are wanted that one slot would do."""
-    residual = SparseResidual.create(torch.zeros(64, num_columns), density, variant="scaled", warm_up=1)
+    """Also where so few entries are wanted that one slot would do; at 2 % the recipe's own warm-up is enough."""
+    wanted = galore_fx.RECIPES["galore+"].residual_warm_up if density == 0.02 else math.ceil(2.4 / density)
+    residual = SparseResidual.create(torch.zeros(64, num_columns), density, variant="scaled", warm_up=wanted)
     num_slots = residual.columns.shape[1]
-    residual.warm_up = math.ceil(2.8 * num_columns / num_slots)
     seen = set()
     for update in range(residual.warm_up):
         seen.update(residual.columns.flatten().tolist())
