@@ -1,5 +1,6 @@
 """``galore_fx.compile`` and ``galore_fx.plan``."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -150,7 +151,8 @@ def _compiled(
     compiler = RegionCompiler()
     head = None if request.keep_logits or made.keep_logits else HeadCompiler()
     blocks = install(model, decisions.regions, compiler, head, policy=made.activation_policy, strict=strict)
-    built.optimizer.register_step_pre_hook(blocks.whole.warn_of_eval)
+    warn_of_eval = weakref.WeakMethod(blocks.whole.warn_of_eval)  # an optimizer that is kept keeps no model
+    built.optimizer.register_step_pre_hook(lambda *_: warn() if (warn := warn_of_eval()) is not None else None)
     compiled = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)
     blocks.whole.check = TrainingCheck(
         PlannedBatch(model, made.batch) if made.batch else None,

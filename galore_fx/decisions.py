@@ -87,9 +87,6 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
     if request.sample is not None:
         check_sample(model, request.sample)
     layout = updates.layout(updates.read(instance.param_groups[0]), instance.param_groups[0])
-    if resolved.projects and resolved.moments_on_refresh == "rotate":
-        for group in instance.param_groups:
-            check_rotates(updates.layout(updates.read(group), group), type(instance).__name__)
     made = plan_parameters(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad],
         regions,
@@ -102,9 +99,24 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
         budget_bytes=budget_bytes,
         fixed_bytes=fixed_bytes(model, resolved),
     )
+    if resolved.projects and resolved.moments_on_refresh == "rotate":
+        _check_rotation(model, made, instance, updates)
     _check_refreshes(regions, made, resolved)
     made = dataclasses.replace(made, keep_logits=request.keep_logits, micro_batches=micro_batches)
     return Decisions(resolved, regions, instance, updates, made)
+
+
+def _check_rotation(model: nn.Module, plan: Plan, optimizer: Optimizer, updates: UpdateCompiler) -> None:
+    """Whether the states of all projected weights can be rotated.
+
+    Raises:
+        OptimizerError: names those that cannot.
+    """
+    projected = {entry.name for entry in plan.parameters if entry.rank is not None}
+    keys = {id(parameter) for name, parameter in model.named_parameters() if name in projected}
+    for group in optimizer.param_groups:
+        if not keys.isdisjoint(map(id, group["params"])):
+            check_rotates(updates.layout(updates.read(group), group), type(optimizer).__name__)
 
 
 def refresh_limits(recipe: Recipe) -> RefreshLimits:

@@ -206,6 +206,7 @@ class TrainingForward(_StandIn):
         if not (self.module.training and torch.is_grad_enabled()):
             self._ran_in_eval = torch.is_grad_enabled()
             return self.original(*args, **kwargs)
+        self._ran_in_eval = False
         refuse_unsupported_modes()
         if self.check is not None:
             self.check(args, kwargs)
@@ -273,19 +274,23 @@ class FixedPlace(_StandIn):
     method = "_apply"
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        """Lets a call pass that leaves the model where it is.
+        """Lets a call pass that leaves the parameters where and as they are; buffers stay in any case.
 
         Raises:
-            UsageError: the model would move, or be cast.
+            UsageError: a parameter would move, be cast or be replaced.
         """
-        tensors = [*self.module.parameters(), *self.module.buffers()]
-        for dtype, device in {(tensor.dtype, tensor.device) for tensor in tensors}:
-            made = fn(torch.empty(0, dtype=dtype, device=device))
-            if (made.dtype, made.device) != (dtype, device):
+        parameters = list(self.module.parameters())
+        for dtype, device in {(parameter.dtype, parameter.device) for parameter in parameters}:
+            probe = torch.empty(0, dtype=dtype, device=device)
+            made = fn(probe)
+            if made is not probe:
                 raise UsageError(
-                    f"this model is compiled for {dtype} on {device} and cannot become {made.dtype} on {made.device}: "
-                    "its bases, states and graphs would stay. Move and cast it before galore_fx.compile"
+                    f"parameters of this model are compiled in {dtype} on {device} and cannot become {made.dtype} on "
+                    f"{made.device}: bases, states and graphs would stay. Move and cast it before galore_fx.compile"
                 )
+        for parameter in parameters:
+            if type(parameter) is nn.Parameter:
+                fn(parameter)  # share_memory_
         return self.module
 
 

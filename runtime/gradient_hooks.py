@@ -38,7 +38,7 @@ class GradientWatch:
 
     def note(self, parameter: nn.Parameter, _holder: Tensor) -> None:
         """Remembers a full gradient as autograd left it."""
-        if parameter.grad is not None:
+        if parameter.grad is not None and parameter.grad.numel() > 0:
             self._noted[id(parameter)] = parameter.grad._version, _first_element(parameter.grad).clone()
 
     def forget(self) -> None:

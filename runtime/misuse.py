@@ -20,7 +20,10 @@ def refuse_other_optimizers(own: type[torch.optim.Optimizer]) -> None:
     """
 
     def refuse(optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        if isinstance(optimizer, own):
+        if torch.compiler.is_compiling():
+            return
+        wrapped = (getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer"))  # Lookahead, SAM
+        if any(isinstance(each, own) for each in (optimizer, *wrapped)):
             return
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             record = REGISTRY.get(parameter)
@@ -49,14 +52,17 @@ def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-@functools.cache
 def warn_of_processes() -> None:
     """Says once where several processes train together that each has gradients of its own."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        number = torch.distributed.get_world_size()
-        if number > 1:
-            warnings.warn(
-                f"torch.distributed runs {number} processes, and projected gradients are not reduced over them (DDP "
-                "and FSDP see only those of parameters): each process trains a model of its own",
-                stacklevel=3,
-            )
+        _name_processes(torch.distributed.get_world_size())
+
+
+@functools.cache
+def _name_processes(number: int) -> None:
+    if number > 1:
+        warnings.warn(
+            f"torch.distributed runs {number} processes, and projected gradients are not reduced over them (DDP and "
+            "FSDP see only those of parameters): each process trains a model of its own",
+            stacklevel=4,
+        )

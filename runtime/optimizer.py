@@ -63,9 +63,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         merge: adds low-rank changes to frozen weights from time to time, None for never.
     """
 
-    # GradScaler then tells step() that it calls, which refuses it.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         param_groups: list[dict[str, Any]],
@@ -130,6 +127,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._open_window()
         if records:
             refuse_other_optimizers(SubspaceOptimizer)
+            self._step_supports_amp_scaling = True  # a GradScaler then tells step() of itself, and is refused
 
     # What the user calls.
 
@@ -311,9 +309,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _full_gradients_are_finite(self) -> bool:
         """Whether nothing keeps a step from following on the bases that full gradients are about to renew."""
-        full = [record.weight.grad for record in self._records.values() if record.weight.grad is not None]
-        if not full:
+        if not any(
+            record.refresh_form is GradientForm.FULL and self.refreshes.is_due(record) for record in self.records
+        ):
             return True
+        full = [record.weight.grad for record in self.records if record.weight.grad is not None]
         others = [holder.grad for holder in self._holders() if holder.grad is not None]
         return bool(torch.isfinite(torch.nn.utils.get_total_norm([*full, *others])))
 
@@ -327,12 +327,13 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # Hooks.
 
     def _install_hooks(self) -> None:
+        misses_some = not all(record.delivers_full for record in self.records)  # who clips parameters' .grad
         for parameter in self._parameters():
             record = self._records.get(id(parameter))
             if record is not None:
                 record.sketch_hook = weak_hook(self, "_keep_sketch", parameter)
                 record.sketch_leaf.register_post_accumulate_grad_hook(record.sketch_hook)
-            if record is None and self._records and not self.in_backward:
+            if record is None and misses_some and not self.in_backward:
                 parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
         if self.in_backward:
             self._backward.install(self._parameters())

@@ -1,12 +1,14 @@
 """What would train a compiled model wrongly in silence is refused, or named."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
 
 import galore_fx
-from tests.models import adamw, backward, batches, llama, train
+from tests.models import adamw, backward, batches, largest_error, llama, train
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
 
@@ -37,12 +39,55 @@ def test_a_scaler_is_refused():
     train(model, batches(1))
 
 
+def test_a_scaler_over_a_model_at_full_rank_is_torchs():
+    def run(model, optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for ids in batches(2):
+            scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad()
+
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    model, plain = galore_fx.compile(llama(1), optimizer=sgd, recipe="full"), llama(1)
+    run(model, model.galore_fx.optimizer)
+    run(plain, sgd(plain.parameters()))
+    assert largest_error(model, plain) < 1e-5
+
+
+def test_an_optimizer_that_wraps_ours_is_let_through():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            super().__init__(optimizer.param_groups, {})
+
+        def step(self, closure=None):
+            self.optimizer.step()
+
+    model = compiled()
+    backward(model, batches(1)[0])
+    Lookahead(model.galore_fx.optimizer).step()
+    assert model.galore_fx.stats()["num_updates"] == 1
+
+
+def test_an_optimizer_that_is_kept_keeps_no_model():
+    model = compiled()
+    train(model, batches(1))
+    optimizer, alive = model.galore_fx.optimizer, weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert optimizer.param_groups
+
+
 @pytest.mark.parametrize("settings", [{}, {"weight_bits": 8}], ids=["plain", "8 bits"])
 def test_a_compiled_model_stays_where_it_is(settings):
     model = compiled(**settings)
     assert model.to("cpu") is model and model.to(torch.float32) is model and model.cpu() is model
     train(model, batches(1))
-    for move in (lambda: model.to(torch.bfloat16), model.half, lambda: model.to("meta")):
+    if not settings:
+        assert all(p.is_shared() for p in model.share_memory().parameters())
+    for move in (lambda: model.to(torch.bfloat16), model.half, lambda: model.to_empty(device="cpu")):
         with pytest.raises(galore_fx.UsageError, match=r"cannot become .* Move and cast it before galore_fx.compile"):
             move()
     train(model, batches(1))
@@ -52,7 +97,10 @@ def test_training_in_eval_mode_is_named_once_and_evaluation_is_not():
     model, ids = compiled(), batches(1)[0]
     model.eval()(input_ids=ids)
     train(model.train(), [ids])
-    backward(model.eval(), ids)
+    model.eval()(input_ids=ids)
+    backward(model.train(), ids)
+    model.eval().galore_fx.optimizer.step()  # evaluated between backward and step
+    backward(model, ids)
     with pytest.warns(UserWarning, match=r"is trained in eval mode.*Call model.train\(\)"):
         model.galore_fx.optimizer.step()
     train(model, [ids])

@@ -131,3 +131,5 @@ def test_states_that_are_not_known_are_refused():
     groups = torch.optim.AdamW([{"params": head}, {"params": others, "amsgrad": True}], lr=1e-3)
     with pytest.raises(galore_fx.OptimizerError, match="how to rotate max_exp_avg_sq of AdamW"):
         galore_fx.compile(model, moments_on_refresh="rotate", optimizer=groups)
+    groups = torch.optim.AdamW([{"params": head, "amsgrad": True}, {"params": others}], lr=1e-3)
+    galore_fx.plan(model, moments_on_refresh="rotate", optimizer=groups)  # the head is not projected

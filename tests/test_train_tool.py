@@ -50,6 +50,8 @@ def test_a_stopped_run_goes_on_bit_identically_and_exports_plain_weights(small):
     assert train.main(arguments("stopped", "--stop-after", 4)) == {"step": 4}
     with pytest.raises(train.InputError, match="--seed 7: .* was made with --seed 0"):
         train.main(arguments("stopped", "--resume", "--seed", 7))
+    with pytest.raises(train.InputError, match="scale=0.9: .* was made with scale=0.25"):
+        train.main(arguments("stopped", "--resume", "--part", "scale=0.9"))
     resumed = train.main(arguments("stopped", "--resume"))
     assert resumed["held_out_loss"] == straight["held_out_loss"]
     first, second = (AutoModelForCausalLM.from_pretrained(folder / out / "model") for out in ("straight", "stopped"))

@@ -10,6 +10,7 @@ a plain transformers folder, into ``--out``.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -33,7 +34,7 @@ from galore_fx.recipes import resolve_recipe
 from galore_fx.runtime.meter import MemoryCount, count_memory, tensor_bytes
 from galore_fx.units import format_bytes
 
-# What decides which numbers a run computes; a resumed run must agree in all of them.
+# What decides, with the parts of the recipe, which numbers a run computes; a resumed run must agree in all of them.
 RUN_SETTINGS = (
     "model",
     "text",
@@ -44,12 +45,6 @@ RUN_SETTINGS = (
     "lr",
     "weight_decay",
     "recipe",
-    "rank",
-    "refresh_gap",
-    "update",
-    "state_bits",
-    "max_grad_norm",
-    "part",
     "budget",
     "dtype",
     "vocabulary",
@@ -112,6 +107,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     arguments = parse_arguments(argv)
     out = Path(arguments.out)
     checkpoint_path = out / "checkpoint.pt"
+    if arguments.resume and arguments.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite starts anew; give one of them")
     if arguments.resume and not checkpoint_path.exists():
         raise InputError(f"--resume: there is no {checkpoint_path}; start without --resume, or give its --out")
     if checkpoint_path.exists() and not (arguments.resume or arguments.overwrite):
@@ -215,6 +212,7 @@ class _Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "settings": {name: getattr(self.arguments, name) for name in RUN_SETTINGS},
+            "parts": dataclasses.asdict(resolve_recipe(self.arguments.recipe, _parts(self.arguments))),
         }
         torch.save(state, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
@@ -321,8 +319,8 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
 def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespace) -> int:
     try:
         state = torch.load(path, weights_only=True)
-        if "settings" not in state:
-            raise KeyError("settings")
+        if not {"settings", "parts"} <= state.keys():
+            raise KeyError("settings, parts")
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"--resume: {path} is damaged or was not written by train.py: {error!r:.200}") from error
     for name, saved in state["settings"].items():
@@ -331,6 +329,10 @@ def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespac
             raise InputError(
                 f"{option} {getattr(arguments, name)}: {path} was made with {option} {saved}; resume with that"
             )
+    parts = dataclasses.asdict(resolve_recipe(arguments.recipe, _parts(arguments)))
+    for name, saved in state["parts"].items():
+        if parts.get(name) != saved:
+            raise InputError(f"{name}={parts.get(name)!r}: {path} was made with {name}={saved!r}; resume with that")
     if state["step"] >= arguments.steps:
         raise InputError(f"--resume: {path} is at step {state['step']} of {arguments.steps}: the run is finished")
     model.load_state_dict(state["model"])
