@@ -84,7 +84,7 @@ def compile(  # noqa: A001 - the name users know from torch.compile
             anything changes. With a budget, a step of it is simulated and the plan is chosen so that its peak fits.
             With a budget and without a sample the first training batch is simulated before it runs; by then only
             the activations that are kept can still be chosen.
-        recipe: ``"auto"``, ``"galore"`` or ``"full"``, or a ``Recipe``.
+        recipe: the name of one of ``galore_fx.RECIPES``, or a ``Recipe``.
         optimizer: a ``torch.optim`` class, a ``functools.partial`` of one (``partial(AdamW, lr=1e-3)``), or an
             instance over the model's parameters, which then refuses its own ``step()``.
         keep_logits: return ``outputs.logits`` in training too. Without it they are None where the model computes its

@@ -1,6 +1,7 @@
 """The private parts of torch that galore_fx stands on, in one place (torch 2.11 to 2.13).
 
-Everything else in the package uses public names only.
+Everything else in the package uses public names, but for methods that torch calls on its classes by underscored names
+(``nn.Module._apply``, ``_load_from_state_dict``, ``Optimizer._step_supports_amp_scaling``) and a tensor's ``_version``.
 """
 
 import contextlib

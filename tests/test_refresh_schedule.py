@@ -47,7 +47,7 @@ def test_a_refresh_of_several_iterations_takes_so_many_updates_in_a_row():
     assert [t for t, groups in enumerate(due) if 1 in groups] == [0, 1, 2, 3, 7, 8, 12, 13]
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])  # drawing waits where the machine is shared
+@settings(suppress_health_check=[HealthCheck.too_slow])  # drawing may wait
 @given(
     num_layers=st.integers(1, 9),
     limits=st.builds(

@@ -98,7 +98,7 @@ def _ours(settings: dict[str, Any], batches: Any, num_gaps: int) -> dict[str, fl
         due = bool(optimizer.refreshes.queue.due_since)
         (refreshing if due else steady).append(timed(step))
     times = [*steady, *refreshing]
-    # By medians: a whole gap's mean would be the machine's noise.
+    # By medians: a whole gap's mean would be noise.
     steady_s, refresh_s = statistics.median(steady), statistics.median(refreshing)
     num_refreshing = len(refreshing) / num_gaps
     mean_s = ((GAP - num_refreshing) * steady_s + num_refreshing * refresh_s) / GAP

@@ -35,7 +35,7 @@ _COMPARED = {
     "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
     "without residual": [*_PLUS, *_FAST, *_DROP],
 }
-# GaLore+ as the recipe was first: a larger rank, bases renewed often.
+# A larger rank, bases renewed often.
 _OFTEN = ["--part", "rank=0.25", "--part", "refresh_gap=20"]
 _OFTEN_DENSE = "galore+, rank 0.25, gap 20, density 0.06"
 _COMPARED_OFTEN = {
@@ -113,7 +113,8 @@ _STUDIES = (
         "galore+",
         "GaLore+: heads, residuals, ranks, gaps",
         "{steps} steps of 8 x 64 tokens, learning rate 4e-3 and seed 0 unless said. `galore`: rank 64 of 256, gap 200. "
-        "`galore+`: rank 16, gap 200, one basis for all heads, moments kept, a scaled residual for 2 % of the entries.",
+        "`galore+`: rank 16, gap 200, one basis for all heads of the queries and one for the keys, moments kept, a "
+        "scaled residual for 2 % of the entries. Rows with gap 20 were run with a warm-up of 100 updates.",
         steps=600,
         against="galore, lr 4e-3",
         variants={

@@ -5,7 +5,7 @@
 
 Two curves: all but rank and states given away (equal results are wanted), and all that the planner may choose. At
 each budget the model is compiled, trained for a few steps from the same weights on the same batches, its peak counted
-and its steady step timed; the times are of a shared machine, minimum of several.
+and its steady step timed; the times are the minimum of several.
 """
 
 import argparse
@@ -177,7 +177,7 @@ Written by `python tools/tighten.py` with torch {torch} on two CPU cores: a Llam
 float32, AdamW. *Blocks keep*: how many of the six blocks keep which share of their activations. *Losses*: largest
 relative difference of the losses of the first six steps from those of the loosest budget of the same quality;
 recomputed kernels are fused differently, so sums may be added up in another order. *By the roofline*: the planner's own
-time, relative to the loosest; the measured ones are of a shared machine.
+time, relative to the loosest; the measured ones vary by a tenth.
 
 ![Counted peak and step time against the budget](budget_curve.svg)
 
