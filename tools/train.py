@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {smallest}")
     if not 0.0 <= arguments.lr < math.inf:
         raise InputError(f"--lr {arguments.lr}: must be a finite number of at least 0")
-    arguments.part = {name: value for name, value in arguments.part}
+    arguments.part = dict(arguments.part)
     twice = [name for name in _PART_OPTIONS if name in arguments.part and getattr(arguments, name) is not None]
     if twice:
         raise InputError(f"{twice[0]} is given by --{twice[0].replace('_', '-')} and by --part; leave one of them out")
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
-    resolve_recipe(arguments.recipe, _parts(arguments))  # before anything takes time
+    _recipe_in_force(arguments)  # refuses before anything takes time
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, sequences, tokenizer = _model_and_text(arguments)
@@ -212,7 +212,7 @@ class _Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "settings": {name: getattr(self.arguments, name) for name in RUN_SETTINGS},
-            "parts": dataclasses.asdict(resolve_recipe(self.arguments.recipe, _parts(self.arguments))),
+            "parts": _recipe_in_force(self.arguments),
         }
         torch.save(state, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
@@ -316,6 +316,10 @@ def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None} | arguments.part
 
 
+def _recipe_in_force(arguments: argparse.Namespace) -> dict[str, Any]:
+    return dataclasses.asdict(resolve_recipe(arguments.recipe, _parts(arguments)))
+
+
 def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespace) -> int:
     try:
         state = torch.load(path, weights_only=True)
@@ -329,7 +333,7 @@ def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespac
             raise InputError(
                 f"{option} {getattr(arguments, name)}: {path} was made with {option} {saved}; resume with that"
             )
-    parts = dataclasses.asdict(resolve_recipe(arguments.recipe, _parts(arguments)))
+    parts = _recipe_in_force(arguments)
     for name, saved in state["parts"].items():
         if parts.get(name) != saved:
             raise InputError(f"{name}={parts.get(name)!r}: {path} was made with {name}={saved!r}; resume with that")
