@@ -59,8 +59,11 @@ class Compiled:
             update at which they became due and what their refresh adds to a step; with lazy refresh ``refresh_gap`` and
             ``stability``: by name, the gaps in force and the last measurement; with cross-head projection
             ``cross_head``: names of the weights whose heads share a
-            basis; with residuals ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all
-            gradients of the last deferred step, before clipping, None before it; ``uncompiled``: names of the blocks
+            basis; with weights in 16 or 8 bits ``realised_movement``: of the movement that the optimizer intended for
+            the ``projected`` weights and those of ``full_rank``, the share that the stored weights have made, on a
+            sample of elements and updates (None before the first; around 1 with stochastic rounding); with residuals
+            ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all gradients of the last
+            deferred step, before clipping, None before it; ``uncompiled``: names of the blocks
             that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
             ``num_update_graphs``: what was compiled.
         """
@@ -73,6 +76,7 @@ class Compiled:
             "refresh_queue": _waiting(optimizer, self.plan.regions),
             **_lazy_stats(optimizer),
             **_recipe_stats(optimizer, self.plan.recipe),
+            **_movement(optimizer),
             "grad_norm": optimizer.grad_norm,
             "uncompiled": self._blocks.failures if self._blocks else {},
             "num_region_graphs": self._regions.num_graphs,
@@ -86,6 +90,12 @@ class Compiled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, ()
+
+
+def _movement(optimizer: SubspaceOptimizer) -> dict[str, Any]:
+    kinds = ("projected", "full_rank")
+    shares = {kind: optimizer.rounding.movement.share(kind) for kind in kinds}
+    return {"realised_movement": shares} if optimizer.has_narrow_weights else {}
 
 
 def _waiting(optimizer: SubspaceOptimizer, blocks: Sequence[str]) -> list[dict[str, Any]]:

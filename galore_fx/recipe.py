@@ -29,9 +29,9 @@ weight_norm   row | column: weights are frozen, a low-rank change and a magnitud
 sides         one | two: of a factor's gradient that are projected; factor_scale: of the change
 merge_factors add the change to the frozen weight with each gap, for training from scratch
 weight_bits   8: projected weights in groups of 256 with a scale and a zero point; None: as the model has them
-rounding      stochastic | nearest: of weights in 8 bits
+rounding      stochastic | nearest: of weights in 16 and 8 bits
 basis_bits    4: two in a byte, in groups of 256; 8; None: as the weight
-state_bits    8: the optimizer's states in blocks of 256; 32: float32; None: as the weight
+state_bits    8: the optimizer's states in blocks of 256; 32: float32; None: as the weight (float32 beside float16)
 scale         GaLore's alpha: a fractional learning rate of what is projected
 update        deferred | in-backward
 activation_budget  share of a block's activations that is kept, the rest is recomputed: 1.0 keeps all, 0.0 none
@@ -123,11 +123,15 @@ class Recipe:
         weight_bits: 8 to store projected weights, or the frozen ones of ``weight_norm``, as codes (Q-GaLore, Zhang et
             al. 2024, arXiv:2407.08296, section 3.4); they are dequantised for each product. A weight whose elements
             make no whole groups of 256 stays as it is.
-        rounding: how an updated weight gets back into 8 bits. To the nearest, steps that are small beside the grid are
-            lost; stochastically, they are kept on average.
+        rounding: how an updated weight gets back into the 16 or 8 bits that it is stored in, projected or not. To the
+            nearest, as torch's optimizers do, steps that are small beside the weight are lost (in bfloat16 most of
+            them at learning rates below 1e-3); stochastically, they are kept on average. Which way an element goes
+            follows from a seed, the update and the element (runtime/random_thresholds.py), so that a resumed run goes
+            the same way. float32 weights are not rounded.
         basis_bits: 4 (Q-GaLore) or 8 to store the bases as codes; a quantised basis is orthonormal to a few percent.
         state_bits: 8 for block-wise quantised states (Dettmers et al. 2022, arXiv:2110.02861; tensors of fewer than
-            4096 elements stay in float32), 32 for float32, None for the weight's dtype.
+            4096 elements stay in float32), 32 for float32, None for the weight's dtype (for float16, in which squares
+            of gradients vanish, float32).
         scale: factor of the back-projected update (GaLore's alpha).
         update: all parameters in ``optimizer.step()``, or each inside the backward that completes its gradient.
         max_grad_norm: 2-norm that the gradients are clipped to, or None.

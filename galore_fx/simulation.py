@@ -36,6 +36,7 @@ from galore_fx.passes.memory_plan.storage_counter import StorageCounter
 from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.passes.model_graph.order_consumers import compile_region
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, Regions
+from galore_fx.passes.optimizer_graph.round_weights import CompiledRounding
 from galore_fx.passes.optimizer_graph.update_compiler import Variants
 from galore_fx.plan_record import Prediction
 from galore_fx.runtime.repetition import playing_some
@@ -65,7 +66,7 @@ class StepSimulator:
         self._model, self._sample = model, sample
         self._mode = fake_mode()
         self._regions: Regions = {}
-        self._variants = Variants()
+        self._variants = Variants(rounding=CompiledRounding("cpu" if device == "cpu" else "cuda"))
         self._is_cuda = device != "cpu"
         self._scratch = cuda_kernel_scratch_bytes if self._is_cuda else kernel_scratch_bytes
         self._rates = this_cpu() if device == "cpu" else RTX_4090

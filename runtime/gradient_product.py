@@ -77,6 +77,11 @@ class GradientProduct:
             else:  # under autocast
                 part.sub_(left @ right)
 
+    def take_from_rows_(self, change: Tensor, factors: Tensor, dim: ProjectedDim, rows: slice) -> None:
+        """The same for a change (rows, n) of some rows: ``change -= (diag(f) G)[rows]`` or ``(G diag(f))[rows]``."""
+        part = self.rows[:, rows].T @ self.cols
+        change.sub_(part.to(change.dtype).mul_(factors[rows] if dim is ProjectedDim.COLS else factors))
+
 
 def _parts(length: int, other: int) -> Iterable[slice]:
     width = max(_LEAST_WIDTH, PART_ELEMENTS // other)

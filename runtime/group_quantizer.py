@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from galore_fx.runtime.repetition import alike
+from galore_fx.runtime.rounding import round_to_bfloat16
 
 GROUP = 256
 # A zero point per byte, and a scale in bfloat16: 3 bytes for each group.
@@ -54,10 +55,10 @@ def fit_grids(lowest: Tensor, highest: Tensor, bits: int) -> tuple[Tensor, Tenso
     num_steps, headroom, largest = _NUM_STEPS[bits], _HEADROOM[bits], 2.0**bits - 1
     lowest, highest = lowest.clamp(max=0.0), highest.clamp(min=0.0)
     widening = (1 + headroom) * _ROUNDING_UP / num_steps
-    scales = (highest * widening - lowest * widening).clamp(min=_SMALLEST_SCALE).to(SCALE_DTYPE)
-    place = (highest * (headroom / 2) - lowest * (1 + headroom / 2)) / scales.to(torch.float32)
+    scales = round_to_bfloat16((highest * widening - lowest * widening).clamp(min=_SMALLEST_SCALE))
+    place = (highest * (headroom / 2) - lowest * (1 + headroom / 2)) / scales
     zeros = (place.ceil() if num_steps < largest else place.round()).clamp(0.0, largest)
-    return scales, zeros.to(torch.uint8)
+    return scales.to(SCALE_DTYPE), zeros.to(torch.uint8)
 
 
 def quantize(elements: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

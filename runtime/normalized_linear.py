@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from galore_fx.runtime.group_quantizer import GROUP
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.rounding import round_stochastically, rounds_by_chance
 
 # The trained parts of a normalised layer, and what is frozen.
 FACTORS = ("factor_out", "factor_in")
@@ -270,14 +271,13 @@ def with_merged_weights(model: nn.Module, state: Mapping[str, Any]) -> dict[str,
 
 
 def _add_(base: Tensor, out: Tensor, in_: Tensor, scale: float, generator: torch.Generator) -> None:
-    """``base <- base + s I J`` in place, rounded stochastically where the base is bfloat16."""
-    if base.dtype is not torch.bfloat16:
+    """``base <- base + s I J`` in place, rounded stochastically where the base has 16 bits."""
+    if not rounds_by_chance(base.dtype):
         base.addmm_(out, in_, alpha=scale)
         return
     wide = torch.addmm(base.float(), out.float(), in_.float(), alpha=scale)
-    # The lower half of a float32's bits is what bfloat16 leaves out: a random number added to it carries or not.
     noise = torch.randint(0, 2**16, wide.shape, generator=generator, dtype=torch.int32).to(wide.device)
-    base.copy_(((wide.view(torch.int32) + noise) & -(2**16)).view(torch.float32))
+    base.copy_(round_stochastically(wide, base.dtype, noise))
 
 
 def _magnitude(square_norms: Tensor) -> Tensor:

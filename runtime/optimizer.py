@@ -30,12 +30,11 @@ from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments, rot
 from galore_fx.runtime.optimizer_state import RESIDUAL, STATE_VERSION, Counters, restore
 from galore_fx.runtime.parameter_states import ParameterStates
 from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from galore_fx.runtime.random_thresholds import key_of
 from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshCost, RefreshLimits, RefreshQueue
 from galore_fx.runtime.residual_training import ResidualTraining
 from galore_fx.runtime.scaled_residual import Complement, complement_at
 from galore_fx.runtime.update_protocol import Updates
+from galore_fx.runtime.weight_rounding import WeightRounding, is_narrow
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -59,7 +58,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         scale: factor of back-projected updates.
         in_backward: update inside the backward.
         max_grad_norm: clip before each update, None for not.
-        rounding_seed: of the stochastic rounding of weights in 8 bits, None to round them to the nearest.
+        rounding_seed: of the stochastic rounding of weights in 16 and 8 bits, None to round them to the nearest.
         merge: adds low-rank changes to frozen weights from time to time, None for never.
     """
 
@@ -93,11 +92,12 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._updates = updates
         self._records = {id(record.weight): record for record in records}
         self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
-        self._rounding_seed, self._merge = rounding_seed, merge
+        self._merge = merge
         self._moments_on_refresh, self._scale = moments_on_refresh, scale
         self.observe: Observer = lambda _what, _grad: _NOTHING
         self._watch = GradientWatch()
         self._numbers = {id(p): i for i, p in enumerate(self._parameters())}
+        self.rounding = WeightRounding(rounding_seed, self._numbers, self.counters)
         self.refreshes = BasisRefresh(
             self._records,
             RefreshQueue(self._layers, schedule, limits, criterion, costs),
@@ -250,6 +250,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The projected parameters."""
         return self._records.values()
 
+    @property
+    def has_narrow_weights(self) -> bool:
+        """Whether a trained weight is stored in 16 or 8 bits."""
+        return any(map(is_narrow, self._parameters()))
+
     # Windows.
 
     def _open_window(self) -> None:
@@ -264,6 +269,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if updated:
             self.refreshes.pass_on()
             self.counters.num_updates += 1
+            self.rounding.after_update()
             self._residuals.set_learning(self.counters.num_updates)
             if self._merge is not None:
                 self._merge.after_update(self.counters.num_updates, self._records, self.state, self._states.like)
@@ -368,9 +374,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 record,
                 self._scale,
                 first=first,
-                rounding_key=self._rounding_key(parameter),
+                rounding_key=self.rounding.key(parameter),
                 entries=entries,
                 complement=complement,
+                probe=self.rounding.probe(parameter, projected=record is not None),
             )
         if started is not None:
             started.fill_(1.0)
@@ -387,12 +394,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             layout = self._updates.layout(self._states.settings(group), group)
             rotation = rotation_between(record.basis, basis, record.rank)
             rotate_moments(state, rotation, record.dim, record.leaf.shape, group, layout)
-
-    def _rounding_key(self, parameter: nn.Parameter) -> int | None:
-        """Another one for each parameter and update, and the same in a run that is resumed."""
-        if self._rounding_seed is None or not isinstance(parameter, QuantizedTensor):
-            return None
-        return key_of(self._rounding_seed, self.counters.num_updates, self._numbers[id(parameter)])
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])

@@ -21,7 +21,8 @@ class StateFormat:
     """How the tensors of an optimizer's state are stored.
 
     Attributes:
-        bits: 8 (blocks of 256, tensors of at least 4096 elements; float32 below), 32 (float32), None (as the weight).
+        bits: 8 (blocks of 256, tensors of at least 4096 elements; float32 below), 32 (float32), None (as the weight;
+            beside float16, whose range ends far above the squares of gradients, float32).
         unsigned: names of the states that are never negative.
     """
 
@@ -32,11 +33,15 @@ class StateFormat:
         """Whether a state of that many elements is stored as codes."""
         return self.bits == 8 and num_elements >= MIN_ELEMENTS
 
-    def stored_bytes(self, num_elements: int, weight_bytes: int) -> int:
-        """Bytes of one state of that many elements, for a weight of ``weight_bytes`` an element."""
+    def dtype_beside(self, weight_dtype: torch.dtype) -> torch.dtype:
+        """Of the states of a weight of this dtype that are not quantised."""
+        return weight_dtype if self.bits is None and weight_dtype is not torch.float16 else torch.float32
+
+    def stored_bytes(self, num_elements: int, weight_dtype: torch.dtype) -> int:
+        """Bytes of one state of that many elements, for a weight of this dtype."""
         if self.is_quantized(num_elements):
             return stored_bytes(num_elements)
-        return num_elements * (weight_bytes if self.bits is None else 4)
+        return num_elements * self.dtype_beside(weight_dtype).itemsize
 
     def make(self, initial: Mapping[str, float | None], like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """New state tensors by name: of the shape of ``like``, or codes (blocks * 256,) and ``_scales`` (blocks,).
@@ -47,7 +52,7 @@ class StateFormat:
             dtype: the weight's.
         """
         if not self.is_quantized(like.numel()):
-            dtype = dtype if self.bits is None else torch.float32
+            dtype = self.dtype_beside(dtype)
             return {
                 name: torch.full(like.shape, value or 0.0, dtype=dtype, device=like.device)
                 for name, value in initial.items()

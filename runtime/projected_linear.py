@@ -6,6 +6,8 @@ B = X; stored (in, out): A = X, B = dY) matrix products associate:
     COLS   R = G P   = A^T (B P)        sketch G^T G P   = B^T (A R)
     ROWS   R = P^T G = (A P)^T B        sketch G G^T P   = A^T (B R^T)
 
+In 16 bits R is balanced before a sketch is made of it (``balanced`` in subspace.py).
+
 2 t r (m + n) operations instead of 2 t m n + 2 m n r, and no value of m x n elements.
 
 Where A and B go straight to the update of the weight (``gradient_consumer.py``), R and what a refresh wants are made
@@ -25,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from galore_fx.runtime.gradient_consumer import consume_gradient
 from galore_fx.runtime.sampled_heads import gradient_of_heads
 from galore_fx.runtime.sparse_residual import gradient_at
-from galore_fx.runtime.subspace import ProjectedDim, coordinates
+from galore_fx.runtime.subspace import ProjectedDim, balanced, coordinates
 
 # What the record of a weight may give, in the order in which ``ProjectedLinear`` takes it.
 _INPUTS = ("basis", "leaf", "sketch_leaf", "sketch_columns", "head_features", "residual_leaf", "residual_columns")
@@ -59,8 +61,9 @@ def sketch(rows: Tensor, cols: Tensor, projected: Tensor, dim: ProjectedDim) -> 
     """``G G^T P`` (m, r) for ROWS, ``G^T G P`` (n, r) for COLS, from ``R`` and without forming ``G``.
 
     Source: the power iteration of Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4, started from the
-    previous basis.
+    previous basis; in 16 bits R is balanced first (``subspace.balanced``).
     """
+    projected = balanced(projected, dim)
     return rows.T @ (cols @ projected.T) if dim is ProjectedDim.ROWS else cols.T @ (rows @ projected)
 
 

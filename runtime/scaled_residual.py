@@ -23,7 +23,7 @@ from torch import Tensor
 
 from galore_fx.runtime.gradient_product import GradientProduct
 from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.sparse_residual import add_at_, entries_of
+from galore_fx.runtime.sparse_residual import add_at_, add_in_rows_, entries_of
 from galore_fx.runtime.subspace import ProjectedDim
 from galore_fx.runtime.wide_norm import wide_norm
 
@@ -61,6 +61,10 @@ class Complement(abc.ABC):
     @abc.abstractmethod
     def take_from_(self, weight: Tensor) -> None:
         """Takes the rest of S from the weight (m, n), in place, after ``join``."""
+
+    @abc.abstractmethod
+    def add_to_rows_(self, change: Tensor, rows: slice) -> None:
+        """Takes these rows of the rest of S from what is to be added to them, (rows, n), in place."""
 
     def _phi(self, update: Tensor) -> Tensor:
         phi = _norms(update, self.dim) / (abs(self.lr) * self.scale * (self.norms + _EPS))
@@ -104,6 +108,13 @@ class FormedComplement(Complement):
         else:
             add_at_(weight, self.columns, self.grad.neg_())
 
+    def add_to_rows_(self, change: Tensor, rows: slice) -> None:
+        """Some rows of S."""
+        if self.columns is None:
+            change.sub_(self.grad[rows])
+        else:
+            add_in_rows_(change, rows, self.columns, -self.grad[rows])
+
 
 @dataclasses.dataclass
 class FactoredComplement(Complement):
@@ -132,6 +143,11 @@ class FactoredComplement(Complement):
         """G, scaled."""
         if self._factors is not None:
             self.product.take_from_(weight, self._factors, self.dim)
+
+    def add_to_rows_(self, change: Tensor, rows: slice) -> None:
+        """Some rows of G, scaled."""
+        if self._factors is not None:
+            self.product.take_from_rows_(change, self._factors, self.dim, rows)
 
 
 def complement_at(

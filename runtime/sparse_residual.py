@@ -218,6 +218,23 @@ def add_at_(weight: Tensor, columns: Tensor, values: Tensor) -> None:
     weight.scatter_add_(1, _by_row(columns, weight.shape[0]), values.to(weight.dtype))
 
 
+def add_in_rows_(change: Tensor, rows: slice, columns: Tensor, values: Tensor) -> None:
+    """``change += values`` at the entries of some rows of a weight, for a change (rows, n) and values (rows, k)."""
+    change.scatter_add_(1, _in_rows(columns, rows), values.to(change.dtype))
+
+
+def set_in_rows_(change: Tensor, rows: slice, columns: Tensor, values: Tensor) -> None:
+    """``change <- values`` at the entries of some rows of a weight, as ``add_in_rows_``."""
+    change.scatter_(1, _in_rows(columns, rows), values.to(change.dtype))
+
+
+def _in_rows(columns: Tensor, rows: slice) -> Tensor:
+    """The columns of each of these rows, (rows, k) int64."""
+    first = rows.start // BLOCK_ROWS
+    blocks = columns[first : num_blocks(rows.stop)]
+    return _by_row(blocks, rows.stop - first * BLOCK_ROWS)[rows.start - first * BLOCK_ROWS :]
+
+
 def set_at_(weight: Tensor, columns: Tensor, values: Tensor) -> None:
     """``W[entries] <- values`` in place, for values (m, k)."""
     weight.scatter_(1, _by_row(columns, weight.shape[0]), values.to(weight.dtype))

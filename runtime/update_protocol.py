@@ -7,6 +7,7 @@ from torch import Tensor
 
 from galore_fx.runtime.optimizer_state import StateFormat
 from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.realised_movement import MovementProbe
 from galore_fx.runtime.scaled_residual import Complement
 
 
@@ -41,7 +42,8 @@ class Updates(Protocol):
         scale: float,
         *,
         first: bool,
-        rounding_key: int | None,
+        rounding_key: Tensor | None,
         entries: Tensor | None,
         complement: Complement | None,
+        probe: MovementProbe | None,
     ) -> None: ...

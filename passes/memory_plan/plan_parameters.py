@@ -4,6 +4,7 @@ Made from shapes alone: parameters may be on the meta device.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -62,7 +63,9 @@ def plan_parameters(
         weight_bytes = parameter.numel() * element
         scalar_bytes = num_state_scalars * _SCALAR_STATE_BYTES
         if linear is None:
-            state_bytes = num_state_tensors * state_format.stored_bytes(parameter.numel(), element) + scalar_bytes
+            state_bytes = (
+                num_state_tensors * state_format.stored_bytes(parameter.numel(), parameter.dtype) + scalar_bytes
+            )
             sizes = {
                 "weights": 0 if role.is_factor else weight_bytes,
                 "factors": weight_bytes if role.is_factor else 0,
@@ -80,11 +83,12 @@ def plan_parameters(
         if linear.is_factor:
             rank = min(shape)
         is_two_sided = linear.is_factor and recipe.sides == "two"
+        state_size = functools.partial(state_format.stored_bytes, weight_dtype=parameter.dtype)
         low = rank * rank if is_two_sided else math.prod(dim.projected_shape(shape, rank))
         weight_bits = recipe.weight_bits if is_storable(parameter) and not linear.is_factor else None
         num_slots = num_entries(recipe.residual_density, shape[1]) if recipe.residual == "sparse" else 0
         sparse = shape[0] * num_slots
-        entry_states = num_state_tensors * state_format.stored_bytes(sparse, element) + scalar_bytes
+        entry_states = num_state_tensors * state_size(sparse) + scalar_bytes
         if recipe.residual_variant == "scaled":
             entry_states = _NORM_BYTES
         direction = low * element if recipe.refresh == "lotus" else 0
@@ -95,7 +99,7 @@ def plan_parameters(
             "weights": 0 if linear.is_factor else stored,
             "factors": stored if linear.is_factor else 0,
             "bases": _stored_bytes(basis_elements, recipe.basis_bits, element),
-            "optimizer_state": num_state_tensors * state_format.stored_bytes(low, element) + scalar_bytes + direction,
+            "optimizer_state": num_state_tensors * state_size(low) + scalar_bytes + direction,
             "residuals": num_slots * num_blocks(shape[0]) * _COLUMN_BYTES + entry_states
             if sparse
             else _NORM_BYTES * is_scaled,

@@ -5,19 +5,29 @@ For ranking alternatives of one model on one device, and the shares of a step; n
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from galore_fx.runtime.compatibility import outside_all_modes, tree_leaves
 
 _MADE_NOT_FILLED = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_LOGGER = logging.getLogger(__name__)
+# Every scaled dot-product attention, forward (query, key, value, ...) and backward (gradient, query, key, value, ...).
+# torch's own formulas know none of the CPU's, and those of torch 2.11 refuse keys of fewer heads than the queries.
+_ATTENTIONS = frozenset(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+    for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+)
+_ATTENTIONS_BACKWARD = frozenset(
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")
+    for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +56,46 @@ class Roofline:
         return sum(value.nbytes for value in tensors if isinstance(value, Tensor)) / self.bytes_per_second
 
     def _arithmetic(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
-        packet = func.overloadpacket
-        if packet is _CPU_ATTENTION:
-            flops = sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape)
-        elif packet is _CPU_ATTENTION_BACKWARD:
-            flops = sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape)
-        elif packet in flop_registry:
-            flops = flop_registry[packet](*args, **kwargs, out_val=out)
-        else:
+        try:
+            flops = _num_flops(func.overloadpacket, args, kwargs, out)
+        except Exception as error:
+            # A time only ranks plans: where a formula fails, the bytes alone are counted.
+            _note_unknown(func.name(), f"{type(error).__name__}: {error}")
+            return 0.0
+        if not flops:
             return 0.0
         dtype = next(value.dtype for value in tree_leaves(args) if isinstance(value, Tensor))
-        return float(flops) / self.flops.get(dtype, self.flops[torch.float32])
+        return flops / self.flops.get(dtype, self.flops[torch.float32])
+
+
+def _num_flops(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+    """Floating-point operations of an operation's products; 0 where it has none."""
+    if packet in _ATTENTIONS:
+        return attention_flops(*args[:3])
+    if packet in _ATTENTIONS_BACKWARD:
+        return attention_flops(*args[1:4], backward=True)
+    if packet in flop_registry:
+        return float(flop_registry[packet](*args, **kwargs, out_val=out))
+    return 0.0
+
+
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *, backward: bool = False) -> float:
+    """Operations of a scaled dot-product attention's products; a causal mask is not taken into account.
+
+    Args:
+        query: (batch, heads, queries, head size).
+        key, value: (batch, heads or fewer, keys, head size).
+        backward: of the gradients of all three; the scores are computed again.
+    """
+    batch, num_heads, num_queries, head = query.shape
+    num_keys, value_head = value.shape[2], value.shape[3]
+    widths = 3 * head + 2 * value_head if backward else head + value_head
+    return 2.0 * batch * num_heads * num_queries * num_keys * widths
+
+
+@functools.cache
+def _note_unknown(name: str, reason: str) -> None:
+    _LOGGER.warning("the arithmetic of %s is not counted in a plan's time: %s", name, reason)
 
 
 # Dense tensor-core rate with float32 accumulation, and memory bandwidth: NVIDIA Ada GPU Architecture whitepaper v2.1,

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from galore_fx.passes.optimizer_graph.compiled_update import CompiledUpdate
 from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.sparse_residual import add_at_, back_projection_at, entries_of, set_at_
+from galore_fx.runtime.sparse_residual import (
+    add_at_,
+    add_in_rows_,
+    back_projection_at,
+    entries_of,
+    set_at_,
+    set_in_rows_,
+)
 from galore_fx.runtime.subspace import project
 
 
@@ -27,6 +34,7 @@ class ResidualStep:
         tensors: states of the entries, changed in place.
         state: those and their numbers.
         record: the projection and the entries.
+        entries: G or E, (m, k); consumed.
     """
 
     compiled: CompiledUpdate
@@ -36,8 +44,10 @@ class ResidualStep:
     tensors: list[Tensor]
     state: dict[str, Tensor]
     record: ProjectedParameter
+    entries: Tensor
     _before: Tensor | None = None
     _read: Tensor | None = None
+    _made: Tensor | None = None
 
     def read_weight(self, weight: Tensor) -> None:
         """Takes what is wanted of the weight before the rest of the update changes it."""
@@ -52,21 +62,31 @@ class ResidualStep:
             inside = project(weight, record.basis, record.dim)
             self._read = before - back_projection_at(inside, record.basis, record.dim, residual.columns)
 
-    def __call__(self, weight: Tensor, entries: Tensor) -> None:
-        """Adds the step to the weight.
-
-        Args:
-            weight: (m, n), after its update in the subspace.
-            entries: G or E, (m, k); consumed.
-        """
+    def add_to_(self, weight: Tensor) -> None:
+        """Adds the step to the weight (m, n), after its update in the subspace."""
         residual = self.record.residual
         assert residual is not None
-        values = (*self.values, self.scale)
-        change, factor = self.compiled.step_low(
-            self.branch, entries, self.tensors, self.state, values, weight.dtype, self._read
-        )
+        change, factor = self._step(weight)
         if residual.variant == "rectified":
             assert self._before is not None
             set_at_(weight, residual.columns, self._before.mul_(factor).add_(change))
         else:
             add_at_(weight, residual.columns, change)
+
+    def add_to_rows_(self, change: Tensor, rows: slice) -> None:
+        """Adds the step to what is to be added to some rows of the weight, (rows, n), in place.
+
+        The factor of the weight is that of the step in the subspace: the same settings make both.
+        """
+        residual = self.record.residual
+        assert residual is not None
+        if self._made is None:
+            self._made, _ = self._step(self.record.weight)
+        put = set_in_rows_ if residual.variant == "rectified" else add_in_rows_
+        put(change, rows, residual.columns, self._made[rows])
+
+    def _step(self, weight: Tensor) -> tuple[Tensor, float]:
+        values = (*self.values, self.scale)
+        return self.compiled.step_low(
+            self.branch, self.entries, self.tensors, self.state, values, weight.dtype, self._read
+        )

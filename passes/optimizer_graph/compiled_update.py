@@ -5,7 +5,7 @@ Over 8-bit states the body runs in slices, so that what it decodes stays small.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,20 +14,37 @@ from torch.nn import functional
 from galore_fx.passes.optimizer_graph.lower_to_subspace import SCALE, lower_to_subspace
 from galore_fx.passes.optimizer_graph.merge_branches import merge_branches, numbers_of
 from galore_fx.passes.optimizer_graph.quantize_states import quantize_states
-from galore_fx.passes.optimizer_graph.round_weights import WeightRounding
+from galore_fx.passes.optimizer_graph.round_weights import (
+    CompiledRounding,
+    part_key,
+    round_full_weight,
+    row_blocks,
+    wide_rows,
+)
 from galore_fx.passes.optimizer_graph.trace_step import TracedStep
 from galore_fx.runtime.blockwise import BLOCK
 from galore_fx.runtime.optimizer_state import SCALES
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.realised_movement import SAMPLE_ELEMENTS, MovementProbe
 from galore_fx.runtime.repetition import alike
 from galore_fx.runtime.scaled_residual import Complement
-from galore_fx.runtime.subspace import add_back_projection_
+from galore_fx.runtime.subspace import ProjectedDim, add_back_projection_, back_projected_rows
 
 # What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
 SLICE_ELEMENTS = 2**20
 # Scalars of this many different steps are kept: parameters that lag behind (unused in a step) have their own.
 NUM_CACHED_STEPS = 8
+
+
+class Remainder(Protocol):
+    """The step of a weight's residual, beside that in the subspace."""
+
+    def add_to_(self, weight: Tensor) -> None:
+        """Adds it to the weight, after the update in the subspace."""
+
+    def add_to_rows_(self, change: Tensor, rows: slice) -> None:
+        """Adds it to what is to be added to some rows of the weight."""
 
 
 class CompiledUpdate:
@@ -38,15 +55,17 @@ class CompiledUpdate:
         rounding: for weights in 8 bits.
         projected: whether the parameter is projected.
         unsigned: where the states are in 8 bits, those that are never negative.
+        rounded: whether the weight, which is not projected, has 16 bits and is rounded stochastically.
     """
 
     def __init__(
         self,
         traced: Sequence[TracedStep],
-        rounding: WeightRounding,
+        rounding: CompiledRounding,
         *,
         projected: bool,
         unsigned: frozenset[str] | None = None,
+        rounded: bool = False,
     ) -> None:
         self._traced = traced
         self._rounding = rounding
@@ -58,6 +77,9 @@ class CompiledUpdate:
         self._is_quantized = unsigned is not None
         if unsigned is not None:
             body = quantize_states(body, traced[0].new_tensors, unsigned)
+        if rounded:
+            body = round_full_weight(body)
+        self._uncompiled = body
         self._body: Callable[..., Any] = torch.compile(body, fullgraph=True, dynamic=True)
         self._numbers = functools.lru_cache(NUM_CACHED_STEPS)(self._compute_numbers)
 
@@ -75,25 +97,48 @@ class CompiledUpdate:
         state: dict[str, Tensor],
         values: tuple[float, ...],
         record: ProjectedParameter | None,
-        rounding_key: int | None,
+        rounding_key: Tensor | None,
         complement: Complement | None = None,
+        remainder: Remainder | None = None,
+        probe: MovementProbe | None = None,
     ) -> None:
         """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
         if record is None:
-            self._step_plain(branch, weight, grad, tensors, state, values)
+            self._step_plain(branch, weight, grad, tensors, state, values, rounding_key, probe)
             return
         read = record.project(weight) if self._needs_weight else None
         update, factor = self.step_low(branch, grad, tensors, state, values, weight.dtype, read)
+        product_dtype = _product_dtype(weight.dtype)
         if record.right_basis is not None:
-            update = update.to(weight.dtype) @ record.right_basis.T
+            update = update.to(product_dtype) @ record.right_basis.to(product_dtype).T
         if complement is not None:
             update = complement.join(update)
-        if isinstance(weight, QuantizedTensor):
-            self._rounding.add_back_projection_(weight, update, record.basis, record.dim, factor, rounding_key)
+        is_in_place = rounding_key is None and not isinstance(weight, QuantizedTensor)
+        if is_in_place and probe is None:
+            _add_in_place(weight, update, record, factor, complement, remainder)
+            return
+        basis = record.basis.dequantized() if isinstance(record.basis, QuantizedTensor) else record.basis
+        update, basis = update.to(product_dtype), basis.to(product_dtype)
+
+        def change(rows: slice) -> Tensor:
+            added = back_projected_rows(update, basis, record.dim, rows)
+            for part in (complement, remainder):
+                if part is not None:
+                    part.add_to_rows_(added, rows)
+            return added
+
+        part_rows = len(basis) if record.dim is ProjectedDim.ROWS else len(weight)
+        if probe is not None:
+            sample = row_blocks(weight, SAMPLE_ELEMENTS, part_rows)
+            rows = sample[probe.turn % len(sample)]
+            before = wide_rows(weight, rows)
+            intended = before * (factor - 1.0) + change(rows)
+        if is_in_place:
+            _add_in_place(weight, update, record, factor, complement, remainder)
         else:
-            add_back_projection_(weight, update, record.basis, record.dim, factor)
-        if complement is not None:
-            complement.take_from_(weight)
+            self._rounding.add_(weight, change, factor, rounding_key, part_rows)
+        if probe is not None:
+            probe.note(intended, wide_rows(weight, rows) - before)
 
     @property
     def needs_weight(self) -> bool:
@@ -139,21 +184,64 @@ class CompiledUpdate:
         tensors: list[Tensor],
         state: dict[str, Tensor],
         values: tuple[float, ...],
+        key: Tensor | None,
+        probe: MovementProbe | None,
     ) -> None:
         numbers, _, new_scalars = self._numbers(branch, values, _compute_dtype(weight.dtype), weight.device)
+        scales = [state[name + SCALES] for name in self._traced[0].new_tensors] if self._is_quantized else []
+        look = None
+        if probe is not None and all(tensor.is_contiguous() for tensor in (weight, grad, *tensors)):
+            look = self._look_at(probe, weight, grad, tensors, scales, numbers, key)
         if self._is_quantized:
-            scales = [state[name + SCALES] for name in self._traced[0].new_tensors]
-            self._run_quantized([weight, grad], tensors, scales, [], numbers)
+            self._run_quantized([weight, grad], tensors, scales, [], numbers, key)
         else:
-            self._body(*_flat([weight, grad, *tensors]), numbers)
+            self._body(*_flat([weight, grad, *tensors]), numbers, *_keys(key, 0))
+        if look is not None:
+            look()
         self._note(state, new_scalars)
+
+    def _look_at(
+        self,
+        probe: MovementProbe,
+        weight: Tensor,
+        grad: Tensor,
+        tensors: list[Tensor],
+        scales: list[Tensor],
+        numbers: Tensor,
+        key: Tensor | None,
+    ) -> Callable[[], None]:
+        """Runs the body on copies of some elements, with the weight in float32, which nothing rounds.
+
+        Returns:
+            What is to be called when the step has been done.
+        """
+        num_parts = max(1, weight.numel() // SAMPLE_ELEMENTS)
+        first = probe.turn % num_parts * SAMPLE_ELEMENTS
+        part = slice(first, min(first + SAMPLE_ELEMENTS, weight.numel()))
+        wide = weight.view(-1)[part].to(numbers.dtype)
+        before = wide.clone()
+        copies = [wide, *(tensor.view(-1)[part].clone() for tensor in (grad, *tensors))]
+        if self._is_quantized:
+            rows = slice(first // BLOCK, -(-part.stop // BLOCK))
+            copies = [tensor.view(-1, BLOCK) for tensor in copies]
+            self._uncompiled(*copies, *(scale[rows].clone() for scale in scales), numbers, *_keys(key, 0))
+        else:
+            self._uncompiled(*copies, numbers, *_keys(key, 0))
+        intended = wide.view(-1) - before
+        return lambda: probe.note(intended, weight.view(-1)[part].to(before.dtype) - before)
 
     def _note(self, state: dict[str, Tensor], new_scalars: tuple[float, ...]) -> None:
         for name, value in zip(self._new_scalars, new_scalars, strict=True):
             state[name].fill_(value)
 
     def _run_quantized(
-        self, whole: list[Tensor], codes: list[Tensor], scales: list[Tensor], read: list[Tensor], numbers: Tensor
+        self,
+        whole: list[Tensor],
+        codes: list[Tensor],
+        scales: list[Tensor],
+        read: list[Tensor],
+        numbers: Tensor,
+        key: Tensor | None = None,
     ) -> None:
         """The body over whole blocks, a slice at a time, so that what it decodes stays small.
 
@@ -162,6 +250,7 @@ class CompiledUpdate:
             codes, scales: of each state.
             read: tensors like ``whole`` that are only read.
             numbers: of the body.
+            key: of the rounding, where the body rounds a weight.
         """
         flat = [tensor.contiguous().view(-1).detach() for tensor in (*whole, *read)]
         num_elements = flat[0].numel()
@@ -176,6 +265,7 @@ class CompiledUpdate:
                 [code[elements] for code in codes],
                 [scale[blocks] for scale in scales],
                 numbers,
+                _keys(key, elements.start),
             )
         rest = num_elements - num_whole * BLOCK
         if rest:
@@ -183,7 +273,8 @@ class CompiledUpdate:
             padded = [functional.pad(tensor[-rest:], (0, 2 * BLOCK - rest)) for tensor in flat]
             last_codes = [functional.pad(code[-BLOCK:], (0, BLOCK)) for code in codes]
             last_scales = [functional.pad(scale[-1:], (0, 1)) for scale in scales]
-            self._run_blocks(padded, len(whole), last_codes, last_scales, numbers)
+            start = num_whole * BLOCK
+            self._run_blocks(padded, len(whole), last_codes, last_scales, numbers, _keys(key, start))
             for target, source, length in [
                 *((target, source, rest) for target, source in zip(flat[: len(whole)], padded, strict=False)),
                 *((target, source, BLOCK) for target, source in zip(codes, last_codes, strict=True)),
@@ -195,7 +286,13 @@ class CompiledUpdate:
                 tensor.copy_(made.view(tensor.shape))
 
     def _run_blocks(
-        self, whole: list[Tensor], num_written: int, codes: list[Tensor], scales: list[Tensor], numbers: Tensor
+        self,
+        whole: list[Tensor],
+        num_written: int,
+        codes: list[Tensor],
+        scales: list[Tensor],
+        numbers: Tensor,
+        keys: Sequence[Tensor],
     ) -> None:
         # Detached, as in ``_flat``: some are slices of a whole and some copies, which is all the same here.
         in_blocks = [tensor.view(-1, BLOCK).detach() for tensor in (*whole[:num_written], *codes, *whole[num_written:])]
@@ -203,7 +300,7 @@ class CompiledUpdate:
         for tensor in in_blocks:
             torch._dynamo.mark_static(tensor, 1)
         num_first = num_written + len(codes)
-        self._body(*in_blocks[:num_first], *scales, *in_blocks[num_first:], numbers)
+        self._body(*in_blocks[:num_first], *scales, *in_blocks[num_first:], numbers, *keys)
 
     def _compute_numbers(
         self, branch: int, values: tuple[float, ...], dtype: torch.dtype, device: torch.device
@@ -218,6 +315,33 @@ class CompiledUpdate:
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Arithmetic is done in float32 at least, whatever is stored."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the back-projection: the weight's, but for float16, whose range is too small for what is added to a weight."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def _add_in_place(
+    weight: Tensor,
+    update: Tensor,
+    record: ProjectedParameter,
+    factor: float,
+    complement: Complement | None,
+    remainder: Remainder | None,
+) -> None:
+    """As torch rounds: the back-projection in one product, then what the residual adds."""
+    add_back_projection_(weight, update, record.basis, record.dim, factor)
+    if complement is not None:
+        complement.take_from_(weight)
+    if remainder is not None:
+        remainder.add_to_(weight)
+
+
+def _keys(key: Tensor | None, start: int) -> tuple[Tensor, ...]:
+    """The last input of a body that rounds, for a part that begins at this element; nothing for one that does not."""
+    key = part_key(key, start)
+    return () if key is None else (key,)
 
 
 def _flat(tensors: list[Tensor]) -> list[Tensor]:

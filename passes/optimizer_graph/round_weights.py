@@ -1,16 +1,23 @@
-"""The end of a step over a weight in 8 bits: back-project, add and round, without the weight in its wide form.
+"""How a new weight gets back into the 16 or 8 bits that it is stored in, without the weight in its wide form.
 
-    W (codes, scales, zeros)  <-  round(c dequantize(W) + back_project(L))
+Of a projected weight, at the end of a step, in row blocks: one library product for the rows of the back-projection,
+what a residual adds to them, then one fused kernel that widens, adds and rounds. Its length is dynamic, so it serves
+weights of every shape.
 
-in row blocks of at most 2^20 elements: one library product for a block of the back-projection, then one fused kernel
-that dequantises, adds, fits the grids and rounds. The kernel has a dynamic length and serves weights of every shape.
+    W  <-  round(c W + back_project(L) + ...)
+
+Of a weight that is not projected, inside the compiled body:
+
+    before   W.copy_(W')
+    after    W.copy_(rounded_as(W', W, key))
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from galore_fx.runtime.compatibility import compile_for_any_length
 from galore_fx.runtime.dispatch import own_code_object
@@ -18,61 +25,136 @@ from galore_fx.runtime.group_quantizer import GROUP, add_and_round
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import uniform_numbers
 from galore_fx.runtime.repetition import alike
-from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.rounding import rounded_as
 
-BLOCK_ELEMENTS = 2**20
+# What is formed of the back-projection at once: a CPU's cache, and what keeps a GPU busy with one launch.
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+_NUM_FACTORS = 8
+# (rows) -> what is added to these rows of a weight (rows, n); a new tensor, which may be changed.
+Change = Callable[[slice], Tensor]
 
 
-class WeightRounding:
-    """The compiled end of a step, for weights of every shape; each has a kernel of its own."""
+class CompiledRounding:
+    """The compiled ends of steps: a kernel for weights in 8 bits, one for those in 16.
 
-    def __init__(self) -> None:
-        self._kernel: Callable[..., None] = compile_for_any_length(own_code_object(_round_block))
+    Args:
+        device: the type of the device whose block sizes are taken, where that is not the weights' own: a plan for CUDA
+            is simulated on tensors that say they are the CPU's.
+    """
 
-    def add_back_projection_(
-        self, weight: QuantizedTensor, update: Tensor, basis: Tensor, dim: ProjectedDim, decay: float, key: int | None
-    ) -> None:
-        """``W <- decay * W + back_project(update)`` on the codes of W, in place.
+    def __init__(self, device: str | None = None) -> None:
+        self._device = device
+        self._round_codes: Callable[..., None] = compile_for_any_length(own_code_object(_round_codes))
+        self._round_elements: Callable[..., None] = compile_for_any_length(own_code_object(_round_elements))
+        self._factor = functools.lru_cache(_NUM_FACTORS)(_factor_on)
+
+    def add_(self, weight: Tensor, change: Change, decay: float, key: Tensor | None, part_rows: int) -> None:
+        """``W <- decay * W + change`` in place, rounded once.
 
         Args:
-            weight: (m, n) in 8 bits, changed.
-            update: (r, n) for ROWS, (m, r) for COLS, already scaled.
-            basis: (m, r) or (n, r).
-            dim: the projected dimension.
+            weight: (m, n), in 8 bits or in 16; changed.
+            change: what is added, by rows.
             decay: factor of the weight, 1.0 to leave it.
-            key: of the random numbers (``random_thresholds.key_of``) that round up or down; None rounds to the nearest.
+            key: 0-d int32, of the random numbers that round up or down (``random_thresholds.key_of``); None rounds to
+                the nearest.
+            part_rows: ``change`` is asked for rows that lie inside one of the parts of so many rows.
         """
-        update = update.to(weight.dtype)
-        basis = basis.dequantized() if isinstance(basis, QuantizedTensor) else basis
-        factor = torch.tensor(decay, dtype=torch.float32).to(weight.device)
-        for rows in alike(_row_blocks(weight.shape[0], weight.shape[1])):
-            change = basis[rows] @ update if dim is ProjectedDim.ROWS else update[rows] @ basis.T
-            groups = slice(rows.start * weight.shape[1] // GROUP, rows.stop * weight.shape[1] // GROUP)
-            parts = [part[groups].detach() for part in weight.parts]
-            numbers = None
-            if key is not None:
-                numbers = torch.tensor([key, groups.start * GROUP], dtype=torch.int32).to(weight.device)
-            change = change.view(-1, GROUP).detach()
-            for tensor in (parts[0], change):
-                torch._dynamo.mark_static(tensor, 1)
-            self._kernel(*parts, change, factor, numbers)
+        blocks = row_blocks(weight, BLOCK_ELEMENTS[self._device or weight.device.type], part_rows)
+        factor = self._factor(decay, weight.device)
+        for rows in alike(blocks):
+            added = change(rows)
+            if isinstance(weight, QuantizedTensor):
+                self._add_to_codes(weight, rows, added, factor, key)
+            else:
+                part = weight[rows]
+                shape = (-1,) if part.is_contiguous() else tuple(part.shape)
+                start = part_key(key, rows.start * weight.shape[1])
+                # Detached, and so no views to Dynamo, which tells them apart by what they are views of.
+                self._round_elements(part.view(shape).detach(), added.reshape(shape).detach(), factor, start)
+
+    def _add_to_codes(
+        self, weight: QuantizedTensor, rows: slice, added: Tensor, factor: Tensor, key: Tensor | None
+    ) -> None:
+        groups = slice(rows.start * weight.shape[1] // GROUP, rows.stop * weight.shape[1] // GROUP)
+        parts = [part[groups].detach() for part in weight.parts]
+        added = added.view(-1, GROUP).detach()
+        for tensor in (parts[0], added):
+            torch._dynamo.mark_static(tensor, 1)
+        self._round_codes(*parts, added, factor, part_key(key, groups.start * GROUP))
 
 
-def _row_blocks(num_rows: int, num_cols: int) -> list[slice]:
-    """Rows that are whole groups of elements together."""
-    unit = GROUP // math.gcd(GROUP, num_cols)
-    size = max(1, BLOCK_ELEMENTS // (num_cols * unit)) * unit
-    return [slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size)]
+def row_blocks(weight: Tensor, num_elements: int, part_rows: int) -> list[slice]:
+    """Blocks of a weight's rows of about so many elements at most, each inside one part of ``part_rows`` rows.
+
+    Of a weight in 8 bits they are whole groups of elements.
+    """
+    num_rows, num_cols = weight.shape
+    unit = GROUP // math.gcd(GROUP, num_cols) if isinstance(weight, QuantizedTensor) else 1
+    size = max(1, num_elements // (num_cols * unit)) * unit
+    return [
+        slice(first, min(first + size, start + part_rows))
+        for start in range(0, num_rows, part_rows)
+        for first in range(start, start + part_rows, size)
+    ]
 
 
-def _round_block(
-    codes: Tensor, scales: Tensor, zeros: Tensor, change: Tensor, factor: Tensor, numbers: Tensor | None
+def wide_rows(weight: Tensor, rows: slice) -> Tensor:
+    """Some rows of a weight, as ``row_blocks`` gives them, in float32 or wider; a copy."""
+    if isinstance(weight, QuantizedTensor):
+        num_cols = weight.shape[1]
+        groups = slice(rows.start * num_cols // GROUP, rows.stop * num_cols // GROUP)
+        parts = [part[groups] for part in weight.parts]
+        shape = (rows.stop - rows.start, num_cols)
+        return QuantizedTensor(*parts, weight.bits, shape, torch.float32).dequantized()
+    return weight[rows].to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+
+def round_full_weight(body: fx.GraphModule) -> fx.GraphModule:
+    """Pass on the body of an unprojected parameter's step: a weight in 16 bits is rounded stochastically.
+
+    Args:
+        body: as ``merge_branches`` or ``quantize_states`` makes it, with the placeholder ``weight``; changed.
+
+    Returns:
+        The same, with one placeholder more behind all others: ``key``, 0-d int32.
+    """
+    placeholders = {str(node.target): node for node in body.graph.nodes if node.op == "placeholder"}
+    weight = placeholders["weight"]
+    with body.graph.inserting_after(list(placeholders.values())[-1]):
+        key = body.graph.placeholder("key")
+    for node in body.graph.find_nodes(op="call_method", target="copy_"):
+        if node.args[0] is weight:
+            with body.graph.inserting_before(node):
+                node.args = (weight, body.graph.call_function(rounded_as, (node.args[1], weight, key)))
+    body.graph.lint()
+    body.recompile()
+    return body
+
+
+def part_key(key: Tensor | None, start: int) -> Tensor | None:
+    """The key of a part that begins at element ``start``, so that an element draws the same in whichever part it is."""
+    if key is None:
+        return None
+    return (key + ((start + 2**31) % 2**32 - 2**31) if start else key).detach()
+
+
+def _factor_on(decay: float, device: torch.device) -> Tensor:
+    return torch.tensor(decay, dtype=torch.float32).to(device)
+
+
+def _round_elements(weight: Tensor, change: Tensor, factor: Tensor, key: Tensor | None) -> None:
+    moved = weight.to(torch.float32) * factor + change.to(torch.float32)
+    weight.copy_(moved if key is None else rounded_as(moved, weight, key))
+
+
+def _round_codes(
+    codes: Tensor, scales: Tensor, zeros: Tensor, change: Tensor, factor: Tensor, key: Tensor | None
 ) -> None:
-    if numbers is None:
+    if key is None:
         thresholds = torch.full((), 0.5, device=codes.device)
     else:
         counters = torch.arange(codes.numel(), dtype=torch.int32, device=codes.device).view(codes.shape)
-        thresholds = uniform_numbers(counters + numbers[1], numbers[0])
+        thresholds = uniform_numbers(counters, key)
     new = add_and_round(codes, scales, zeros, change, factor, thresholds)
     for part, value in zip((codes, scales, zeros), new, strict=True):
         part.copy_(value)

@@ -20,7 +20,7 @@ from galore_fx.passes.optimizer_graph.compiled_update import NUM_CACHED_STEPS, C
 from galore_fx.passes.optimizer_graph.lower_to_subspace import lower_to_subspace
 from galore_fx.passes.optimizer_graph.merge_branches import merge_branches
 from galore_fx.passes.optimizer_graph.quantize_states import never_negative, quantize_states
-from galore_fx.passes.optimizer_graph.round_weights import WeightRounding
+from galore_fx.passes.optimizer_graph.round_weights import CompiledRounding
 from galore_fx.passes.optimizer_graph.trace_step import (
     STATE_PREFIX,
     GroupSettings,
@@ -32,6 +32,7 @@ from galore_fx.passes.optimizer_graph.trace_step import (
 from galore_fx.passes.pass_runner import Effect, PassRecord
 from galore_fx.runtime.optimizer_state import StateFormat, residual_state
 from galore_fx.runtime.projected_parameter import ProjectedParameter
+from galore_fx.runtime.realised_movement import MovementProbe
 from galore_fx.runtime.scaled_residual import Complement
 
 
@@ -41,11 +42,11 @@ class Variants:
 
     Attributes:
         steps: by class, settings, projected or not; several where the step branches on a hyper-parameter.
-        rounding: the end of steps over weights in 8 bits.
+        rounding: the end of steps over weights in 16 and 8 bits.
     """
 
     steps: dict[object, list["CompiledUpdate"]] = dataclasses.field(default_factory=dict)
-    rounding: WeightRounding = dataclasses.field(default_factory=WeightRounding)
+    rounding: CompiledRounding = dataclasses.field(default_factory=CompiledRounding)
 
 
 # Those of the process, for all its models.
@@ -191,9 +192,10 @@ class UpdateCompiler:
         scale: float,
         *,
         first: bool,
-        rounding_key: int | None = None,
+        rounding_key: Tensor | None = None,
         entries: Tensor | None = None,
         complement: Complement | None = None,
+        probe: MovementProbe | None = None,
     ) -> None:
         """One optimizer step of one parameter, in place.
 
@@ -206,24 +208,28 @@ class UpdateCompiler:
             record: the projection, None for full rank.
             scale: factor of the back-projected update.
             first: whether this parameter has never been updated.
-            rounding_key: of the random numbers that round a weight in 8 bits; None rounds it to the nearest.
+            rounding_key: 0-d int32, of the random numbers that round a weight in 16 or 8 bits; None rounds it to the
+                nearest.
             entries: what of the gradient is for the record's residual, (m, k); consumed. None for nothing.
             complement: the gradient without its projection, to be applied as the step scales the rest; consumed.
+            probe: compares the movement with what is intended, on some elements.
         """
         layout = self.layout(settings, group)
         projected = record is not None
-        compiled, branch, values = self._pick(group, settings, layout, state, grad.numel(), projected, first)
+        rounded = rounding_key is not None and not projected
+        compiled, branch, values = self._pick(
+            group, settings, layout, state, grad.numel(), projected, first, rounded=rounded
+        )
         residual = None
         if entries is not None and record is not None:
             own = residual_state(state)
             is_first = float(own.get("started", 1.0)) == 0.0
             step = self._pick(group, settings, layout, own, entries.numel(), True, is_first)
-            residual = ResidualStep(*step, scale, [own[name] for name in layout.initial], own, record)
+            residual = ResidualStep(*step, scale, [own[name] for name in layout.initial], own, record, entries)
             residual.read_weight(weight)
         tensors = [state[name] for name in layout.initial]
-        compiled(branch, weight, grad, tensors, state, (*values, scale), record, rounding_key, complement)
-        if residual is not None and entries is not None:
-            residual(weight, entries)
+        values = (*values, scale)
+        compiled(branch, weight, grad, tensors, state, values, record, rounding_key, complement, residual, probe)
 
     def _pick(
         self,
@@ -234,17 +240,21 @@ class UpdateCompiler:
         num_elements: int,
         projected: bool,
         first: bool,
+        *,
+        rounded: bool = False,
     ) -> tuple["CompiledUpdate", int, tuple[float, ...]]:
         """The compiled step for a state, its branch, and the numbers it takes."""
         values = (*settings.floats.values(), *[float(state[name]) for name in layout.scalars])
         born = first and None in layout.initial.values()
         quantized = layout.format.is_quantized(num_elements)
-        key = (projected, born, quantized, settings.switches, values)
+        key = (projected, born, quantized, rounded, settings.switches, values)
         chosen = self._chosen.get(key)
         if chosen is None:
             if len(self._chosen) >= NUM_CACHED_STEPS:
                 self._chosen.clear()
-            chosen = self._chosen[key] = self._choose(group, settings, layout, values, projected, born, quantized)
+            chosen = self._chosen[key] = self._choose(
+                group, settings, layout, values, projected, born, quantized, rounded=rounded
+            )
             self._used.add(chosen[0])
         return *chosen, values
 
@@ -257,11 +267,13 @@ class UpdateCompiler:
         projected: bool,
         born: bool,
         quantized: bool,
+        *,
+        rounded: bool = False,
     ) -> tuple["CompiledUpdate", int]:
         """The compiled step and its branch that these numbers take, traced now if they are new."""
         names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
         known = self._variants.steps.setdefault(
-            (self.optimizer_class, projected, quantized, settings.switches, names), []
+            (self.optimizer_class, projected, quantized, rounded, settings.switches, names), []
         )
         for compiled in known:
             branch = compiled.branch_for(values, born)
@@ -269,7 +281,9 @@ class UpdateCompiler:
                 return compiled, branch
         traced = self._branches(group, settings, layout, dict(zip(names, values, strict=True)))
         unsigned = layout.format.unsigned if quantized else None
-        compiled = CompiledUpdate(traced, self._variants.rounding, projected=projected, unsigned=unsigned)
+        compiled = CompiledUpdate(
+            traced, self._variants.rounding, projected=projected, unsigned=unsigned, rounded=rounded
+        )
         known.append(compiled)
         branch = compiled.branch_for(values, born)
         assert branch is not None, f"{self.optimizer_class.__name__} was traced at {values} and does not hold there"
