@@ -10,7 +10,7 @@ from galore_fx.choice import decide_for_sample
 from galore_fx.decisions import decide, decide_as_planned
 from galore_fx.device_memory import enforce_budget
 from galore_fx.errors import SettingError
-from galore_fx.first_batch import TrainingCheck, plan_for_first_batch
+from galore_fx.first_batch import TrainingCheck, plan_for_arguments, plan_for_first_batch
 from galore_fx.handle import Compiled
 from galore_fx.installation import install
 from galore_fx.measurement import watch_peak
@@ -155,7 +155,7 @@ def _compiled(
     built.optimizer.register_step_pre_hook(lambda *_: warn() if (warn := warn_of_eval()) is not None else None)
     compiled = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)
     blocks.whole.check = TrainingCheck(
-        PlannedBatch(model, made.batch) if made.batch else None,
+        PlannedBatch(model, made.batch, plan_for_arguments(model, request, compiled)) if made.batch else None,
         plan_for_first_batch(model, request, decisions, blocks, compiled)
         if plan is None and made.is_without_batch
         else None,

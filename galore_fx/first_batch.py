@@ -1,24 +1,31 @@
 """What happens before each training call of a model with a budget: its batch is planned, held to the plan, watched."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from galore_fx.choice import decide_for_sample
-from galore_fx.decisions import Decisions
+from galore_fx.decisions import Decisions, decide
 from galore_fx.fake_model import meta_copy
 from galore_fx.handle import Compiled
 from galore_fx.installation import InstalledBlocks
 from galore_fx.measurement import watch_peak
 from galore_fx.optimizer_choice import for_a_copy
 from galore_fx.passes.memory_plan.plan_parameters import check_budget
-from galore_fx.planned_batch import PlannedBatch
+from galore_fx.plan_record import Plan
+from galore_fx.planned_batch import PlannedBatch, Replan
+from galore_fx.policy_search import PolicySearch
+from galore_fx.recipe import Recipe
 from galore_fx.request import Request
 from galore_fx.runtime.peak_watch import PeakWatch
 from galore_fx.sample import TrainingCall
+from galore_fx.simulation import StepSimulator
+from galore_fx.units import format_bytes
 
+_LOGGER = logging.getLogger(__name__)
 Check = Callable[[tuple[Any, ...], dict[str, Any]], None]
 PlanFirst = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Check, PeakWatch | None]]
 
@@ -39,7 +46,7 @@ class TrainingCheck:
         """Passes a batch or raises.
 
         Raises:
-            UsageError: a batch larger than the planned one.
+            UsageError: a batch with which a step would not be within the plan.
             BudgetError: no plan for the first batch fits the budget.
             ModelError: the first batch cannot be simulated.
         """
@@ -86,6 +93,37 @@ def plan_for_first_batch(
         blocks.set_policy(made.activation_policy)
         compiled.optimizer.limit_refreshes(made.recipe["refresh_limit"])
         compiled.plan = made
-        return PlannedBatch(model, made.batch), watch_peak(model, compiled.optimizer, made)
+        replan = plan_for_arguments(model, request, compiled)
+        return PlannedBatch(model, made.batch, replan), watch_peak(model, compiled.optimizer, made)
 
     return plan
+
+
+def plan_for_arguments(model: nn.Module, request: Request, compiled: Compiled) -> Replan:
+    """Plans steps of a compiled model with arguments that its sample had not, nothing else being open.
+
+    Args:
+        model: the compiled model.
+        request: what was asked for.
+        compiled: has the plan in force, and takes the new one where that is within the budget.
+    """
+
+    def replan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+        plan, device = compiled.plan, next(model.parameters()).device.type
+        given = Request(recipe=Recipe(**plan.recipe), optimizer=compiled.optimizer_choice)
+        simulator = StepSimulator(
+            meta_copy(model),
+            TrainingCall(args, kwargs),
+            keep_logits=plan.keep_logits,
+            micro_batches=plan.micro_batches,
+            device=device,
+        )
+        training = simulator.train(lambda fake, variants: decide(fake, given, variants))
+        search = PolicySearch(training, plan, device, request.reserve, plan.chosen)
+        made = search.as_given()
+        if made.within_budget:
+            _LOGGER.info("a step with arguments that the sample had not takes %s", format_bytes(made.peak_bytes))
+            compiled.plan = made
+        return made
+
+    return replan

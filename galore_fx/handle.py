@@ -63,7 +63,8 @@ class Compiled:
             the ``projected`` weights and those of ``full_rank``, the share that the stored weights have made, on a
             sample of elements and updates (None before the first; around 1 with stochastic rounding); with residuals
             ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all gradients of the last
-            deferred step, before clipping, None before it; ``uncompiled``: names of the blocks
+            deferred step, before clipping, None before it; ``late_parameters``: names of the parameters that were
+            unfrozen, exchanged or added since compile and are trained at full rank; ``uncompiled``: names of the blocks
             that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
             ``num_update_graphs``: what was compiled.
         """
@@ -77,6 +78,7 @@ class Compiled:
             **_lazy_stats(optimizer),
             **_recipe_stats(optimizer, self.plan.recipe),
             **_movement(optimizer),
+            "late_parameters": optimizer.late_parameters,
             "grad_norm": optimizer.grad_norm,
             "uncompiled": self._blocks.failures if self._blocks else {},
             "num_region_graphs": self._regions.num_graphs,

@@ -15,6 +15,7 @@ from galore_fx.recipe import Recipe
 from galore_fx.runtime.dispatch import ClearingZeroGrad, FixedPlace, PlainSave
 from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.factor_merge import FactorMerge
+from galore_fx.runtime.late_parameters import parameters_of
 from galore_fx.runtime.normalized_linear import NormalizedLinear, trained_parts
 from galore_fx.runtime.optimizer import SubspaceOptimizer
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
@@ -43,7 +44,7 @@ def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoi
     """
     check_budget(decisions.plan)
     records, layers = make_records(decisions)
-    optimizer = _make_optimizer(decisions, records, layers)
+    optimizer = _make_optimizer(model, decisions, records, layers)
     if decisions.optimizer is given:
         retire(decisions.optimizer)
     model._apply = FixedPlace(model)  # type: ignore[method-assign]
@@ -102,7 +103,9 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
     return records, layers
 
 
-def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], layers: list[int]) -> SubspaceOptimizer:
+def _make_optimizer(
+    model: nn.Module, decisions: Decisions, records: list[ProjectedParameter], layers: list[int]
+) -> SubspaceOptimizer:
     recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
     # A factor's gradient is zero in the first update, where the other factor is.
     is_second_first = recipe.basis == "subspace-iteration" or recipe.weight_norm is not None
@@ -126,6 +129,7 @@ def _make_optimizer(decisions: Decisions, records: list[ProjectedParameter], lay
         scale=recipe.scale,
         in_backward=recipe.update == "in-backward",
         max_grad_norm=recipe.max_grad_norm,
+        named=parameters_of(model),
         rounding_seed=_SEED if recipe.rounding == "stochastic" else None,
         merge=FactorMerge(_normalized_layers(decisions), recipe.refresh_gap) if recipe.merge_factors else None,
     )

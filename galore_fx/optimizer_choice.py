@@ -21,6 +21,7 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
     Raises:
         OptimizerError: not an optimizer, or not over exactly the model's trained parameters; names what differs.
     """
+    named = {id(p): name for name, p in model.named_parameters()}
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(choice, torch.optim.Optimizer):
         instance = choice
@@ -38,11 +39,11 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
     if any(group.get("differentiable") for group in instance.param_groups):
         raise OptimizerError("differentiable=True keeps a graph through step(), which has none here; leave it out")
     given = {id(p) for group in instance.param_groups for p in group["params"]}
-    foreign = len(given - trained.keys())
+    foreign = len(given - named.keys())  # frozen ones may be listed, as torch allows
     if foreign:
         raise OptimizerError(
             f"{foreign} of the {len(given)} parameters of the {type(instance).__name__} given are not trained "
-            f"parameters of this model; give {_ALLOWED}"
+            f"parameters of this model, nor frozen ones of it; give {_ALLOWED}"
         )
     missing = [trained[key] for key in trained if key not in given]
     if missing:

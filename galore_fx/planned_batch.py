@@ -1,44 +1,68 @@
 """Keeps a training call within the batch that its budget was planned for."""
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from galore_fx.errors import UsageError
+from galore_fx.plan_record import Plan
 from galore_fx.sample import call_arguments
+from galore_fx.units import format_bytes
 
 Shapes = dict[str, tuple[int, ...]]
+# The plan of a step with these arguments, all else being as it was planned.
+Replan = Callable[[tuple[Any, ...], dict[str, Any]], Plan]
 
 
 class PlannedBatch:
-    """Called with a training call's arguments, it refuses what the plan does not cover.
+    """Called with a training call's arguments, it refuses what would exceed the plan's budget.
+
+    A tensor of one element enlarges no step: transformers' Trainer hands the number of labels to the model. Of any
+    other argument that the sample has not, a step is simulated once.
 
     Args:
         model: the model.
         shapes: of the sample that the plan was made with, by argument.
+        replan: simulates a step with other arguments.
     """
 
-    def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], replan: Replan) -> None:
         self._forward = type(model).forward
-        self._shapes = shapes
+        self._shapes = dict(shapes)
+        self._replan = replan
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Passes batches that are nowhere larger than the sample.
+        """Passes batches that are nowhere larger than the sample, and arguments with which a step fits the budget.
 
         Raises:
-            UsageError: a tensor is larger than the sample's in some dimension, or the sample had none of that name.
+            UsageError: a tensor is larger than the sample's in some dimension, or with one that the sample has not a
+                step would exceed the budget.
+            ModelError: a step with such an argument cannot be simulated.
         """
-        for name, shape in _shapes(self._forward, args, kwargs).items():
-            planned = self._shapes.get(name)
-            smaller = planned is not None and len(planned) == len(shape)
-            if not (smaller and all(size <= limit for size, limit in zip(shape, planned or (), strict=True))):
-                was = "not in the sample" if planned is None else f"{planned} in the sample"
+        shapes = {n: shape for n, shape in _shapes(self._forward, args, kwargs).items() if math.prod(shape) > 1}
+        for name, shape in shapes.items():
+            planned = self._shapes.get(name, shape)
+            smaller = len(planned) == len(shape) and all(s <= limit for s, limit in zip(shape, planned, strict=True))
+            if not smaller:
                 raise UsageError(
-                    f"{name} of shape {shape} was {was} that the budget was planned for; the peak could exceed it. "
-                    "Give galore_fx.compile a sample with the largest shapes that you train with, or no budget"
+                    f"{name} of shape {shape} was {planned} in the sample that the budget was planned for; the peak "
+                    "could exceed it. Give galore_fx.compile a sample with the largest shapes that you train with, or "
+                    "no budget"
                 )
+        new = {name: shape for name, shape in shapes.items() if name not in self._shapes}
+        if new:
+            plan = self._replan(args, kwargs)
+            if not plan.within_budget:
+                given = ", ".join(f"{name} of shape {shape}" for name, shape in new.items())
+                raise UsageError(
+                    f"{given} was not in the sample that the budget was planned for, and with it a step takes "
+                    f"{format_bytes(plan.peak_bytes)} of the {format_bytes(plan.budget_bytes or 0)}. Give "
+                    "galore_fx.compile a sample with it, or no budget"
+                )
+            self._shapes |= new
 
 
 def sample_shapes(model: nn.Module, sample: object) -> Shapes:

@@ -33,8 +33,9 @@ class PolicySearch:
 
     def as_given(self) -> Plan:
         """The plan with the policy that it has."""
-        share = self._plan.activation_policy[0]
-        return self._predicted(self._training.model([share]), (0,) * len(self._plan.regions))
+        policy = self._plan.activation_policy
+        shares = sorted(set(policy), reverse=True)
+        return self._predicted(self._training.model(shares), tuple(map(shares.index, policy)))
 
     def best(self) -> Plan:
         """The fastest policy that fits, else the one of the lowest peak."""

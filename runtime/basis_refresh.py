@@ -130,13 +130,13 @@ class BasisRefresh:
         if record.refresh_form is GradientForm.HEADS and is_due and record.heads is not None:
             features = record.heads.features
             self._sketches.setdefault(key, grad.index_select(0 if record.dim is ProjectedDim.COLS else 1, features))
-        expected = record.form in (GradientForm.FULL, GradientForm.CONSUMED)
+        expected = record.form in (GradientForm.FULL, GradientForm.CONSUMED) and not record.is_hooked
         if not expected and record.name not in self._named:
             self._named.add(record.name)
             warnings.warn(
                 f"the full gradient of {record.name} was formed, and then projected: the weight is read by something "
-                "that is no linear layer, or outside its block, or its block did not run through galore_fx. Right, but "
-                "slow and large",
+                "that is no linear layer, or outside its block, or its block did not run through galore_fx, or a hook "
+                "wants its gradient. Right, but slow and large",
                 stacklevel=2,
             )
         projected = record.project(grad)

@@ -27,6 +27,7 @@ from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx as _compile_fx
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutput
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.compiler import config as compiler_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,13 +55,16 @@ __all__ = [
     "backend_settings",
     "below_autograd",
     "compile_graph",
+    "compiler_settings",
     "condition_of",
     "current_tracing_context",
     "dispatch_compiler",
+    "has_global_module_hooks",
     "in_backward",
     "memory_events",
     "optimizer_internals",
     "num_captured_graphs",
+    "num_gradient_hooks",
     "outside_all_modes",
     "quiet_profiler",
     "refuse_unsupported_modes",
@@ -106,11 +110,56 @@ def compile_graph(
     def compile_inner(graph: fx.GraphModule, examples: Any, **settings: Any) -> Any:
         if on_backward is not None and settings.get("is_backward"):
             on_backward(graph)
-        return _compile_fx.compile_fx_inner(graph, examples, **settings)
+        # Inductor's cache on disk knows the graph, and not which saved tensors the backward may write over.
+        tag = f"{compiler_config.cache_key_tag}, may write over {_donated_inputs()}"
+        with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+            return _compile_fx.compile_fx_inner(graph, examples, **settings)
 
-    own = {} if on_backward is None else {"inner_compile": compile_inner}
     with functorch_config.patch(activation_memory_budget=activation_budget):
-        return _compile_fx.compile_fx(gm, list(inputs), **own)  # type: ignore[return-value, arg-type]
+        return _compile_fx.compile_fx(gm, list(inputs), inner_compile=compile_inner)  # type: ignore[return-value, arg-type]
+
+
+def compiler_settings() -> tuple[object, ...]:
+    """The settings of the process that a compiled graph was built on and that Dynamo guards no graph of ours by.
+
+    Whether a backward may write over saved tensors (off, a second backward through one graph is allowed), whether
+    operations must be deterministic, and how products are rounded and split over threads.
+    """
+    return (
+        functorch_config.donated_buffer,
+        torch._inductor.config.fallback_random,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+    )
+
+
+def has_global_module_hooks() -> bool:
+    """Whether hooks of ``torch.nn.modules.module.register_module_*`` run around every module."""
+    module = torch.nn.modules.module
+    return any(getattr(module, name, None) for name in _GLOBAL_HOOKS)
+
+
+_GLOBAL_HOOKS = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
+
+
+def num_gradient_hooks(tensor: torch.Tensor) -> int:
+    """Hooks of ``register_hook`` and ``register_post_accumulate_grad_hook`` on a leaf."""
+    hooks = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+    return sum(len(each) for each in hooks if each)
+
+
+def _donated_inputs() -> list[int]:
+    """Of the backward that is being compiled: saved tensors that nobody reads after it, which its kernels reuse."""
+    context = TracingContext.try_get()
+    metadata = context.fw_metadata if context is not None else None
+    return list(getattr(metadata, "bw_donated_idxs", None) or [])
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -136,6 +185,10 @@ def current_tracing_context() -> TracingContext:
     return context
 
 
+# What Dynamo takes to stay as it is unless it is told otherwise: hooks on modules, and which parameters are one tensor.
+_GUARDED = {"skip_nnmodule_hook_guards": False, "skip_no_tensor_aliasing_guards_on_parameters": False}
+
+
 def dispatch_compiler(
     function: Callable[..., Any], backend: Callable[..., Any], *, recompile_limit: int, whole: bool = True
 ) -> Callable[..., Any]:
@@ -148,7 +201,10 @@ def dispatch_compiler(
 
     def call(*args: Any, **kwargs: Any) -> Any:
         limits = {"recompile_limit": recompile_limit, "accumulated_recompile_limit": max(256, recompile_limit)}
-        with _dynamo_settings(**limits, ignore_logging_functions=_logged_once()), _loggable_settings():
+        with (
+            _dynamo_settings(**limits, **_GUARDED, ignore_logging_functions=_logged_once()),
+            _loggable_settings(),
+        ):
             return compiled(*args, **kwargs)
 
     return call

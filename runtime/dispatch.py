@@ -8,6 +8,7 @@ Each model's blocks have their own code objects, since Dynamo keeps its variants
 out of them when several models share the class of a layer.
 """
 
+import functools
 import inspect
 import itertools
 import types
@@ -20,7 +21,12 @@ import torch
 from torch import nn
 
 from galore_fx.errors import CaptureError, UsageError
-from galore_fx.runtime.compatibility import DynamoError, in_backward, refuse_unsupported_modes
+from galore_fx.runtime.compatibility import (
+    DynamoError,
+    has_global_module_hooks,
+    in_backward,
+    refuse_unsupported_modes,
+)
 from galore_fx.runtime.eager_form import run_eager
 from galore_fx.runtime.normalized_linear import with_merged_weights
 from galore_fx.runtime.quantized_tensor import plain_tensors
@@ -114,6 +120,9 @@ class RegionFunction:
         """
         if self.failure is None:
             refuse_unsupported_modes()
+            if has_global_module_hooks():
+                _name_global_hooks()
+                return eager(module, *args, **kwargs)
             try:
                 return self._compiled(module, *args, **kwargs)
             except (DynamoError, CaptureError) as error:
@@ -131,6 +140,15 @@ class RegionFunction:
                 )
                 return result
         return eager(module, *args, **kwargs)
+
+
+@functools.cache
+def _name_global_hooks() -> None:
+    warnings.warn(
+        "hooks of register_module_forward_hook and the like run around every module, and no compiled block runs them: "
+        "while there are any, blocks train uncompiled, with the same gradients",
+        stacklevel=4,
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -214,7 +232,7 @@ class TrainingForward(_StandIn):
             warnings.warn("use_cache=True is ignored in training: no key-value cache is kept", stacklevel=2)
             kwargs = {**kwargs, "use_cache": False}
         with _without_cache(self.module):
-            if self.training is not None:
+            if self.training is not None and not has_global_module_hooks():
                 try:
                     return self.training(self.module, *args, **kwargs)
                 except DynamoError as error:

@@ -74,7 +74,12 @@ def _record_of(weight: object) -> tuple[ProjectedParameter, bool] | None:
     forms = GradientForm.FULL, GradientForm.CONSUMED
     if record is not None and record.form is GradientForm.CONSUMED:
         record.num_uses += 1
-    if record is None or record.form in forms or not (record.weight.requires_grad or record.shares_basis):
+    if (
+        record is None
+        or record.form in forms
+        or record.is_hooked
+        or not (record.weight.requires_grad or record.shares_basis)
+    ):
         return None
     return record, transposed
 

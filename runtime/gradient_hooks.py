@@ -2,11 +2,13 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from galore_fx.runtime.quantized_tensor import stored_tensors
 
 
 def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[..., Any]:
@@ -23,6 +25,52 @@ def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[.
         return getattr(alive, method)(known, *given)
 
     return call
+
+
+def weak_method(owner: object, method: str) -> Callable[..., Any]:
+    """``owner.method``, without holding the owner, which has to live when it is called."""
+    weak_owner = weakref.ref(owner)
+    return lambda *given: getattr(weak_owner(), method)(*given)
+
+
+class WriteWatch:
+    """Notices that parameters are changed between updates by something that cannot know the projected gradients.
+
+    SAM and its like move weights along their ``.grad`` before a second backward; projected weights have none and would
+    stay. Seen by the versions of the tensors: every parameter at full rank was written to and no projected one was.
+    """
+
+    def __init__(self) -> None:
+        self._versions: dict[int, int] = {}
+        self._has_warned = False
+
+    def note(self, parameters: Iterable[nn.Parameter]) -> None:
+        """All changes up to now are our own."""
+        self._versions = {id(parameter): _version(parameter) for parameter in parameters}
+
+    def warn_of_others(self, parameters: Iterable[nn.Parameter], projected: Container[int]) -> None:
+        """Says so once.
+
+        Args:
+            parameters: those that are trained.
+            projected: identities of projected weights.
+        """
+        known = [p for p in parameters if id(p) in self._versions]
+        written = {id(p) for p in known if _version(p) != self._versions[id(p)]}
+        others = {id(p) for p in known if id(p) not in projected}
+        if self._has_warned or len(others) < 2 or written != others or len(others) == len(known):
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"all {len(others)} parameters at full rank were changed since the last update and none of the "
+            f"{len(known) - len(others)} projected weights was: what moves weights along their .grad, as SAM does, "
+            "does not see projected gradients. Train such a method with recipe='full'",
+            stacklevel=4,
+        )
+
+
+def _version(parameter: nn.Parameter) -> int:
+    return sum(part._version for part in stored_tensors(parameter))
 
 
 class GradientWatch:

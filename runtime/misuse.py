@@ -22,9 +22,14 @@ def refuse_other_optimizers(own: type[torch.optim.Optimizer]) -> None:
     def refuse(optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        wrapped = (getattr(optimizer, name, None) for name in ("optimizer", "base_optimizer"))  # Lookahead, SAM
-        if any(isinstance(each, own) for each in (optimizer, *wrapped)):
-            return
+        if isinstance(optimizer, own) or isinstance(getattr(optimizer, "optimizer", None), own):
+            return  # ours, alone or inside a wrapper that moves weights as they are, such as Lookahead
+        if isinstance(getattr(optimizer, "base_optimizer", None), own):
+            raise UsageError(
+                f"this {type(optimizer).__name__} moves weights along their .grad between two backwards, as SAM does, "
+                "and projected weights have none: only the others would be perturbed. Use recipe='full', whose "
+                "gradients are all there, or step model.galore_fx.optimizer itself"
+            )
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             record = REGISTRY.get(parameter)
             if record is not None:

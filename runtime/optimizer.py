@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from galore_fx.errors import UsageError
 from galore_fx.runtime.backward_updates import BackwardUpdates
 from galore_fx.runtime.basis_refresh import BasisRefresh, Observer
+from galore_fx.runtime.deferred_gradients import DeferredGradients
 from galore_fx.runtime.displacement import Displacement
 from galore_fx.runtime.factor_merge import FactorMerge
-from galore_fx.runtime.gradient_hooks import GradientWatch, weak_hook
+from galore_fx.runtime.gradient_hooks import GradientWatch, WriteWatch, weak_hook, weak_method
+from galore_fx.runtime.late_parameters import LateParameters, NamedParameters
 from galore_fx.runtime.misuse import refuse_other_optimizers, refuse_scaler, warn_of_processes
 from galore_fx.runtime.moment_transfer import reset_moments, rotate_moments, rotation_between
 from galore_fx.runtime.optimizer_state import RESIDUAL, STATE_VERSION, Counters, restore
@@ -59,6 +61,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         in_backward: update inside the backward.
         max_grad_norm: clip before each update, None for not.
         rounding_seed: of the stochastic rounding of weights in 16 and 8 bits, None to round them to the nearest.
+        named: the model's parameters by name, to find those that it trains later; None for no model.
         merge: adds low-rank changes to frozen weights from time to time, None for never.
     """
 
@@ -81,6 +84,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         in_backward: bool,
         max_grad_norm: float | None,
         rounding_seed: int | None,
+        named: NamedParameters,
         merge: FactorMerge | None = None,
     ) -> None:
         super().__init__([{**group} for group in param_groups], defaults)
@@ -95,7 +99,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._merge = merge
         self._moments_on_refresh, self._scale = moments_on_refresh, scale
         self.observe: Observer = lambda _what, _grad: _NOTHING
-        self._watch = GradientWatch()
+        self._watch, self._written = GradientWatch(), WriteWatch()
         self._numbers = {id(p): i for i, p in enumerate(self._parameters())}
         self.rounding = WeightRounding(rounding_seed, self._numbers, self.counters)
         self.refreshes = BasisRefresh(
@@ -118,11 +122,15 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._update,
             observe=lambda what, grad: self.observe(what, grad),
         )
+        self._gradients = DeferredGradients(self._parameters, self._records, self.refreshes)
         self._residuals = ResidualTraining(records, self.state, self.counters, self._states.like)
         for parameter in self._parameters():
-            self.state[parameter] = self._states.new(parameter)
+            if parameter.requires_grad:  # groups may list frozen ones
+                self.state[parameter] = self._states.new(parameter)
+        self._late = LateParameters(named, self.state, self.param_groups, weak_method(self, "_take_in"))
         for record in records:
             record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
+        self._hooked: set[int] = set()
         self._install_hooks()
         self._open_window()
         if records:
@@ -145,12 +153,16 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         if self._records:
             refuse_scaler(self)
             warn_of_processes()
+            self._written.warn_of_others(self._trained(), self._records)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            late = self._look_for_late_parameters()
             if self.in_backward:
+                for parameter in late:
+                    self._backward.take(parameter, parameter)
                 self._backward.finish()
                 self.refreshes.apply_rest()
                 self._close_window(bool(self._backward.updated))
@@ -178,10 +190,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "backward; compile with update='deferred' to clip"
             )
         with torch.no_grad():
-            grads = [grad for _, grad in self._collect()]
+            grads = [grad for _, grad in self._gradients.collect()]
             norm = torch.nn.utils.get_total_norm(grads)
             torch.nn.utils.clip_grads_with_norm_(
-                [holder for holder in self._holders() if holder.grad is not None], max_norm, norm
+                [holder for holder in self._gradients.holders() if holder.grad is not None], max_norm, norm
             )
             self._watch.forget()
         return norm
@@ -222,6 +234,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         saved["galore_fx"] = {
             "version": STATE_VERSION,
             **dataclasses.asdict(self.counters),
+            "late_parameters": list(self._late.names),
             **self.refreshes.queue.state(self._numbers),
         }
         return saved
@@ -232,7 +245,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         Raises:
             OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
         """
-        num_updates = state_dict.get("galore_fx", {}).get("num_updates", self.counters.num_updates)
+        saved = state_dict.get("galore_fx", {})
+        self._late.take_again(saved.get("late_parameters", ()))
+        num_updates = saved.get("num_updates", self.counters.num_updates)
         go_back = self._residuals.set_learning(num_updates)
         try:
             extra = restore(self.state, self.param_groups, state_dict, self.refreshes.sharers())
@@ -255,6 +270,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """Whether a trained weight is stored in 16 or 8 bits."""
         return any(map(is_narrow, self._parameters()))
 
+    @property
+    def late_parameters(self) -> list[str]:
+        """Names of the parameters that are trained since after compile, at full rank."""
+        return list(self._late.names)
+
     # Windows.
 
     def _open_window(self) -> None:
@@ -266,6 +286,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._states.close_window()
         self._watch.forget()
         self._backward.close_window()
+        self._written.note(self._trained())
         if updated:
             self.refreshes.pass_on()
             self.counters.num_updates += 1
@@ -279,7 +300,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _step_deferred(self) -> None:
         self._watch.warn_of_changes(self._parameters())
-        gradients = self._collect()
+        gradients = self._gradients.collect()
         if not gradients:
             return
         self._watch.warn_of_missing((record.weight for record in self.records), (p for p, _ in gradients))
@@ -296,45 +317,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.refreshes.apply_sketches()
         self._close_window(True)
 
-    def _collect(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its gradient, projected where it is; full gradients of what is due are consumed."""
-        gradients = []
-        is_finite = self._full_gradients_are_finite()
-        for parameter in self._parameters():
-            if not parameter.requires_grad:
-                continue  # frozen since compile: as torch.optim, which sees no gradient then
-            record = self._records.get(id(parameter))
-            if record is not None and parameter.grad is not None:
-                # One that is not finite itself is counted as a refresh that failed.
-                renew = is_finite or not bool(torch.isfinite(torch.linalg.vector_norm(parameter.grad)))
-                self.refreshes.project_full(record, parameter.grad, renew=renew)
-            holder = record.leaf if record is not None else parameter
-            if holder.grad is not None:
-                gradients.append((parameter, holder.grad))
-        return gradients
-
-    def _full_gradients_are_finite(self) -> bool:
-        """Whether nothing keeps a step from following on the bases that full gradients are about to renew."""
-        if not any(
-            record.refresh_form is GradientForm.FULL and self.refreshes.is_due(record) for record in self.records
-        ):
-            return True
-        full = [record.weight.grad for record in self.records if record.weight.grad is not None]
-        others = [holder.grad for holder in self._holders() if holder.grad is not None]
-        return bool(torch.isfinite(torch.nn.utils.get_total_norm([*full, *others])))
-
-    def _holders(self) -> Iterable[Tensor]:
-        for parameter in self._parameters():
-            record = self._records.get(id(parameter))
-            yield record.leaf if record is not None else parameter
-            if record is not None and record.residual is not None:
-                yield record.residual.leaf
-
     # Hooks.
 
     def _install_hooks(self) -> None:
+        """On all parameters that are trained; those that are frozen, which cannot have any, get theirs later."""
         misses_some = not all(record.delivers_full for record in self.records)  # who clips parameters' .grad
-        for parameter in self._parameters():
+        new = [parameter for parameter in self._trained() if id(parameter) not in self._hooked]
+        self._hooked.update(map(id, new))
+        for parameter in new:
             record = self._records.get(id(parameter))
             if record is not None:
                 record.sketch_hook = weak_hook(self, "_keep_sketch", parameter)
@@ -342,7 +332,19 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if record is None and misses_some and not self.in_backward:
                 parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
         if self.in_backward:
-            self._backward.install(self._parameters())
+            self._backward.install(new)
+
+    def _look_for_late_parameters(self) -> list[nn.Parameter]:
+        names = {key: record.name for key, record in self._records.items()}
+        late = self._late.look(list(self._parameters()), names)
+        self._install_hooks()
+        return late
+
+    def _take_in(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """Makes ready for a parameter that is trained from now on."""
+        self._numbers.setdefault(id(parameter), len(self._numbers))
+        self._groups[id(parameter)] = group
+        self.state[parameter] = self._states.new(parameter)
 
     def _keep_sketch(self, parameter: nn.Parameter, _leaf: Tensor) -> None:
         record = self._records[id(parameter)]
@@ -394,6 +396,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             layout = self._updates.layout(self._states.settings(group), group)
             rotation = rotation_between(record.basis, basis, record.rank)
             rotate_moments(state, rotation, record.dim, record.leaf.shape, group, layout)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
 
     def _parameters(self) -> Iterable[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])

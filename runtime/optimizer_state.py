@@ -138,11 +138,12 @@ def restore(
     if saved_sizes != sizes:
         raise OptimizerError(f"the saved state has groups of {saved_sizes} parameters, this optimizer has {sizes}")
     parameters = [p for group in param_groups for p in group["params"]]
-    states = [state_dict["state"][i] for group in saved_groups for i in group["params"]]
+    # A parameter that has been frozen all the time has no state.
+    states = [state_dict["state"].get(i, {}) for group in saved_groups for i in group["params"]]
     for parameter, saved in zip(parameters, states, strict=True):
-        _check_same(state[parameter], saved)
+        _check_same(state.get(parameter, {}), saved)
     for parameter, saved in zip(parameters, states, strict=True):
-        for name, value in state[parameter].items():
+        for name, value in state.get(parameter, {}).items():
             if name != "basis" or id(parameter) not in sharing:
                 value.copy_(saved[name])
     for group, saved in zip(param_groups, saved_groups, strict=True):

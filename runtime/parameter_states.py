@@ -46,7 +46,7 @@ class ParameterStates:
         if id(group) not in self._settings:
             settings = self._settings[id(group)] = self._updates.read(group)
             wanted = self._updates.layout(settings, group).initial.keys()
-            for parameter in group["params"]:
+            for parameter in filter(self._states.__contains__, group["params"]):  # a frozen one has none
                 missing = wanted - self._states[parameter].keys()
                 if missing:  # a setting has left zero that brings a state with it, as SGD's momentum does
                     new = self.new(parameter)

@@ -149,3 +149,18 @@ def test_the_compiled_update_is_the_plain_one(monkeypatch, dim, shape):
             assert torch.equal(made.scales, expected[1]) and torch.equal(made.zeros, expected[2])
             differing = int((made.codes.int() - expected[0].int()).abs().sum())
             assert differing <= 2, "a threshold was met by a sum that was added up in another order"
+
+
+def test_the_compiled_update_makes_the_grids_that_it_stores():
+    """Where every group needs a new one: a cast to bfloat16 and back, which Inductor drops, would make other codes."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((400, GROUP), generator=generator) * 0.02
+    change = torch.randn((400, GROUP), generator=generator) * torch.rand((400, 1), generator=generator)
+    stored, key = QuantizedTensor.of(weight, 8), torch.tensor(key_of(1), dtype=torch.int32)
+    counters = torch.arange(weight.numel(), dtype=torch.int32).view(-1, GROUP)
+    thresholds = uniform_numbers(counters, key)
+    expected = add_and_round(*stored.parts, change, torch.tensor(1.0), thresholds)
+    assert float((expected[1] != stored.scales).float().mean()) > 0.9
+    ROUNDING.add_(stored, lambda rows: change[rows].clone(), 1.0, key, 400)
+    for made, plain in zip(stored.parts, expected, strict=True):
+        assert torch.equal(made, plain)

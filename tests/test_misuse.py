@@ -70,6 +70,75 @@ def test_an_optimizer_that_wraps_ours_is_let_through():
     assert model.galore_fx.stats()["num_updates"] == 1
 
 
+class SAM(torch.optim.Optimizer):
+    """Sharpness-aware minimisation, arXiv:2010.01412, as it is commonly written."""
+
+    def __init__(self, base):
+        self.base_optimizer = base
+        super().__init__(base.param_groups, {"rho": 0.05})
+
+    def _with_gradient(self):
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def first_step(self):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._with_gradient()])
+        self.moved = [(p, p.grad * (0.05 / norm)) for p in self._with_gradient()]
+        for p, step in self.moved:
+            p.add_(step)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self):
+        for p, step in self.moved:
+            p.sub_(step)
+        self.base_optimizer.step()
+
+    def step(self, closure=None):
+        self.second_step()
+
+
+def test_a_wrapper_that_moves_weights_along_their_gradients_is_refused():
+    model = compiled()
+    backward(model, batches(1)[0])
+    with pytest.raises(galore_fx.UsageError, match=r"this SAM moves weights along their \.grad.*recipe='full'"):
+        SAM(model.galore_fx.optimizer).step()
+
+
+def test_weights_that_someone_moves_without_the_projected_ones_are_named():
+    model, ids = compiled(), batches(2)
+    train(model, ids[:1])
+    sam = SAM(model.galore_fx.optimizer)
+    backward(model, ids[1])
+    sam.first_step()
+    backward(model, ids[1])
+    with pytest.warns(UserWarning, match=r"all 5 parameters at full rank were changed .* none of the 7 projected"):
+        sam.second_step()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, ids)
+    model.load_state_dict(state)  # all of them: nothing to say
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)  # one of them: somebody's own business
+    train(model, ids)
+
+
+def test_sam_over_a_model_at_full_rank_is_torchs():
+    def run(model, optimizer):
+        for ids in batches(2):
+            sam = SAM(optimizer)
+            backward(model, ids)
+            sam.first_step()
+            backward(model, ids)
+            sam.second_step()
+            model.zero_grad()
+
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    model, plain = galore_fx.compile(llama(1), optimizer=sgd, recipe="full"), llama(1)
+    run(model, model.galore_fx.optimizer)
+    run(plain, sgd(plain.parameters()))
+    assert largest_error(model, plain) < 1e-5
+
+
 def test_an_optimizer_that_is_kept_keeps_no_model():
     model = compiled()
     train(model, batches(1))

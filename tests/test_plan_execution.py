@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 
 import galore_fx
 from galore_fx import choice, measurement, policy_search
@@ -53,10 +54,42 @@ def test_a_larger_batch_than_planned_is_refused_and_a_smaller_one_trains():
     longer = batches(1, 4, 49)[0]
     with pytest.raises(galore_fx.UsageError, match=r"input_ids of shape \(4, 49\) was \(8, 48\) in the sample"):
         model(input_ids=longer, labels=longer)
-    with pytest.raises(galore_fx.UsageError, match="attention_mask of shape .* not in the sample"):
-        model(input_ids=smaller, labels=smaller, attention_mask=torch.ones_like(smaller))
     with torch.no_grad():
         assert model(input_ids=longer).logits.shape[1] == 49, "evaluation is not held to it"
+
+
+def test_an_argument_that_the_sample_has_not_is_refused_only_where_the_step_would_not_fit():
+    """Trainer hands over the number of labels, a collator what it likes."""
+    number, mask = torch.tensor(60), torch.ones_like(IDS)
+    tight = galore_fx.plan(small(1), sample=SAMPLE, **SETTLED).peak_bytes
+    model = galore_fx.compile(small(1), tight, sample=SAMPLE, **SETTLED)
+    model(**SAMPLE, num_items_in_batch=number).loss.backward()
+    told = r"attention_mask of shape \(8, 48\) was not in the sample .* with it a step takes .* Give galore_fx.compile"
+    with pytest.raises(galore_fx.UsageError, match=told):
+        model(**SAMPLE, attention_mask=mask)
+    roomy = galore_fx.compile(small(1), "1GB", sample=SAMPLE, **SETTLED)
+    roomy(**SAMPLE, num_items_in_batch=number, attention_mask=mask).loss.backward()
+    exact = galore_fx.plan(small(1), sample={**SAMPLE, "attention_mask": mask}, **SETTLED).peak_bytes
+    assert roomy.galore_fx.plan.peak_bytes == pytest.approx(exact, abs=64)
+    with pytest.raises(galore_fx.UsageError, match=r"attention_mask of shape \(9, 48\) was \(8, 48\) in the sample"):
+        roomy(**SAMPLE, attention_mask=torch.ones(9, 48))
+
+
+def test_the_trainer_trains_within_a_budget_and_a_sample(tmp_path):
+    model = galore_fx.compile(small(1), "1GB", sample=SAMPLE, micro_batches=2, **{**SETTLED, "update": "deferred"})
+    arguments = hf.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        max_grad_norm=0,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+    )
+    rows = [{"input_ids": ids, "labels": ids} for ids in batches(1, 32, 48)[0]]
+    hf.Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(model.galore_fx.optimizer, None)).train()
+    assert model.galore_fx.stats()["num_updates"] == 2
 
 
 @pytest.mark.usefixtures("two_shares")

@@ -1,6 +1,7 @@
 """Capture and dispatch: one graph for all layers, the compiled form in training only, every weight projected."""
 
 import copy
+import functools
 import gc
 import inspect
 import pickle
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import galore_fx
+from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.runtime.dispatch import CompiledForward
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama
 
@@ -224,3 +226,39 @@ def test_weights_frozen_later_stay_and_groups_cannot_be_added():
     assert torch.equal(weight, before)
     with pytest.raises(galore_fx.UsageError, match="add_param_group after compile"):
         model.galore_fx.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+class WithHeads(nn.Module):
+    """Two blocks and heads in a list: a linear layer for classes, and a small network for coordinates."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+        self.heads = nn.ModuleList([nn.Linear(32, 5), nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))])
+
+    def forward(self, x):
+        for block in self.body:
+            x = x + block(x)
+        return self.heads[0](x).square().mean() + self.heads[1](x).square().mean()
+
+
+def test_heads_in_a_list_are_trained_at_full_rank():
+    """One SGD step moves them by lr times their gradient; projected at a rank of 1 it would be a fiftieth of that."""
+    model, plain = WithHeads(), WithHeads()
+    galore_fx.compile(model, rank=0.25, refresh_gap=100, optimizer=functools.partial(torch.optim.SGD, lr=1.0))
+    x = torch.randn(16, 32)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for each in (model, plain):
+        each(x).backward()
+    model.galore_fx.optimizer.step()
+    projected = model.galore_fx.stats()["projected"]
+    assert projected == [f"body.{block}.{layer}.weight" for block in (0, 1) for layer in (0, 2)]
+    for name, p in plain.named_parameters():
+        if name.startswith("heads"):
+            torch.testing.assert_close(start[name] - model.get_parameter(name).detach(), p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_list_of_layers_of_one_network_is_no_list_of_heads():
+    layers = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 10)])
+    assert [region.name for region in find_regions(nn.ModuleDict({"layers": layers}))] == ["layers.0", "layers.1"]

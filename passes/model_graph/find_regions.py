@@ -3,6 +3,9 @@
 A region is an entry of an outermost ``nn.ModuleList`` that holds linear layers: a decoder or encoder block. Where a
 model has none, the whole model is the one region. Embeddings, heads, norms and biases are trained at full rank, as
 in GaLore's released training script (methods: every linear of attention and MLP is projected).
+
+A head is told from a block by its width: what its last linear layer makes goes into no linear layer of the model. So an
+entry of a list that ends in classes, coordinates or tokens is no block, in whichever list it stands.
 """
 
 import dataclasses
@@ -57,12 +60,15 @@ def find_regions(model: nn.Module) -> list[Region]:
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     claimed: set[int] = set(embedded)
     regions = []
+    widths = _input_widths(model)
     for name, module in _blocks(model):
+        if _is_head(module, widths):
+            continue
         weights = _linear_weights(name, module, claimed)
         if weights:
             regions.append(Region(name, module, weights))
     if not regions:
-        weights = _linear_weights("", model, claimed)
+        weights = _without_heads(model, _linear_weights("", model, claimed), widths)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ModelError(
                 f"no parameter of this {type(model).__name__} has requires_grad=True; unfreeze what is to be trained"
@@ -109,6 +115,39 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         inside.append(f"{name}.")
         blocks += _entries(name, module)
     return blocks
+
+
+def _input_widths(model: nn.Module) -> set[int]:
+    """The widths of what goes into the linear layers of a model."""
+    return {width for module in model.modules() for width, _ in _widths(module)}
+
+
+def _is_head(module: nn.Module, widths: set[int]) -> bool:
+    """Whether what the last linear layer of a module makes goes into no linear layer."""
+    last = [out for part in module.modules() for _, out in _widths(part)][-1:]
+    return bool(last) and last[0] not in widths
+
+
+def _without_heads(model: nn.Module, weights: tuple[LinearWeight, ...], widths: set[int]) -> tuple[LinearWeight, ...]:
+    """The weights of a model without blocks but for those in lists of heads; all where nothing else is left."""
+    heads = [module for _, module in _blocks(model) if _is_head(module, widths)]
+    of_heads = {id(parameter) for head in heads for parameter in head.parameters()}
+    return tuple(weight for weight in weights if id(weight.weight) not in of_heads) or weights
+
+
+def _widths(module: nn.Module) -> list[tuple[int, int]]:
+    """(input width, output width) of a layer that multiplies by a weight; nothing for any other module."""
+    if isinstance(module, nn.Linear):
+        return [(module.in_features, module.out_features)]
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        rows, cols = module.get_parameter("weight").shape
+        return [(rows, cols)]
+    if isinstance(module, NormalizedLinear):
+        rows, cols = module.base_weight.shape
+        return [(rows, cols) if module.in_first else (cols, rows)]
+    if isinstance(module, nn.MultiheadAttention):
+        return [(module.embed_dim, module.embed_dim)]
+    return []
 
 
 def _entries(name: str, container: nn.ModuleList) -> list[tuple[str, nn.Module]]:

@@ -28,7 +28,13 @@ from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, pro
 from galore_fx.passes.model_graph.share_bases import owner_place, share_bases, weight_inputs
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
-from galore_fx.runtime.compatibility import FakeTensorMode, current_tracing_context, saves_elsewhere, tracing
+from galore_fx.runtime.compatibility import (
+    FakeTensorMode,
+    compiler_settings,
+    current_tracing_context,
+    saves_elsewhere,
+    tracing,
+)
 from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor, gradient_leaf
 
@@ -183,6 +189,8 @@ class CapturedRegion:
                 record.stop_consuming()
             elif record is not None and record.consumes and saves_elsewhere():
                 record.form = GradientForm.FULL  # for this window
+            if record is not None and record.is_hooked:
+                record.form = GradientForm.FULL  # a hook of the user's is to see the gradient
             if record is not None and record.shared_roles and record.heads is None and not record.is_underway:
                 self._share_heads(placeholder, record)
                 new += [placeholder] if record.heads is not None else []
@@ -267,10 +275,11 @@ class CapturedRegion:
     def _key(
         self, records: list[ProjectedParameter | None], forms: Sequence[GradientForm | None]
     ) -> tuple[object, ...]:
-        return tuple(
+        of_weights = (
             (record.graph_key(form), owner_place(record, records)) if record and form else None
             for record, form in zip(records, forms, strict=True)
         )
+        return (compiler_settings(), *of_weights)
 
     def _compile(
         self, records: list[ProjectedParameter | None], forms: Sequence[GradientForm | None]
