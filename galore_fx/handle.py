@@ -13,6 +13,7 @@ from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
 from galore_fx.plan_record import Plan
 from galore_fx.runtime.optimizer import SubspaceOptimizer
+from galore_fx.runtime.weight_rounding import is_narrow
 
 COPY_MESSAGE = (
     "this is a copy of a model compiled by galore_fx; the copy is a plain model that no galore_fx optimizer trains. "
@@ -64,8 +65,9 @@ class Compiled:
             sample of elements and updates (None before the first; around 1 with stochastic rounding); with residuals
             ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all gradients of the last
             deferred step, before clipping, None before it; ``late_parameters``: names of the parameters that were
-            unfrozen, exchanged or added since compile and are trained at full rank; ``uncompiled``: names of the blocks
-            that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
+            unfrozen, exchanged or added since compile and are trained at full rank; ``without_gradient``: names of the
+            trainable parameters that the first update has not moved, since they got no gradient; ``uncompiled``: names
+            of the blocks that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
             ``num_update_graphs``: what was compiled.
         """
         optimizer = self.optimizer
@@ -78,7 +80,8 @@ class Compiled:
             **_lazy_stats(optimizer),
             **_recipe_stats(optimizer, self.plan.recipe),
             **_movement(optimizer),
-            "late_parameters": optimizer.late_parameters,
+            "late_parameters": list(optimizer.late.names),
+            "without_gradient": list(optimizer.late.without_gradient),
             "grad_norm": optimizer.grad_norm,
             "uncompiled": self._blocks.failures if self._blocks else {},
             "num_region_graphs": self._regions.num_graphs,
@@ -95,9 +98,9 @@ class Compiled:
 
 
 def _movement(optimizer: SubspaceOptimizer) -> dict[str, Any]:
-    kinds = ("projected", "full_rank")
-    shares = {kind: optimizer.rounding.movement.share(kind) for kind in kinds}
-    return {"realised_movement": shares} if optimizer.has_narrow_weights else {}
+    if not any(is_narrow(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+        return {}
+    return {"realised_movement": {kind: optimizer.rounding.movement.share(kind) for kind in ("projected", "full_rank")}}
 
 
 def _waiting(optimizer: SubspaceOptimizer, blocks: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ A plan knows only what was trained when it was made. What comes later is trained
 it or else in the first one, and is named once with what its states take; what has left the model is named, too.
 """
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from galore_fx.units import format_bytes
 
+_LOGGER = logging.getLogger(__name__)
 NamedParameters = Callable[[], Iterable[tuple[str, nn.Parameter]]]
 
 
@@ -32,6 +34,7 @@ class LateParameters:
 
     Attributes:
         names: of the parameters that have been taken in, in that order.
+        without_gradient: names of the trainable parameters that got no gradient in the first update.
 
     Args:
         named: the model's parameters.
@@ -48,6 +51,7 @@ class LateParameters:
         take_in: Callable[[nn.Parameter, dict[str, Any]], None],
     ) -> None:
         self.names: list[str] = []
+        self.without_gradient: list[str] = []
         self._named, self._states, self._groups, self._take_in = named, states, param_groups, take_in
         self._told_of_lost = False
 
@@ -84,6 +88,22 @@ class LateParameters:
                 stacklevel=5,
             )
         return list(new.values())
+
+    def name_unmoved(self, trained: Iterable[nn.Parameter], updated: Collection[int]) -> None:
+        """Says which parameters the first update has left where they were, since they got no gradient.
+
+        Args:
+            trained: those that might have.
+            updated: identities of those that did.
+        """
+        unmoved = {id(parameter) for parameter in trained if id(parameter) not in updated}
+        self.without_gradient = [name for name, p in self._named() if id(p) in unmoved]
+        if self.without_gradient:
+            _LOGGER.warning(
+                "%d trainable parameters got no gradient in the first update and did not move: %s",
+                len(self.without_gradient),
+                _some(self.without_gradient),
+            )
 
     def take_again(self, names: Iterable[str]) -> None:
         """Takes in the parameters of these names in this order, as the run did whose state is to be loaded."""

@@ -36,7 +36,7 @@ from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshC
 from galore_fx.runtime.residual_training import ResidualTraining
 from galore_fx.runtime.scaled_residual import Complement, complement_at
 from galore_fx.runtime.update_protocol import Updates
-from galore_fx.runtime.weight_rounding import WeightRounding, is_narrow
+from galore_fx.runtime.weight_rounding import WeightRounding
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -127,7 +127,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for parameter in self._parameters():
             if parameter.requires_grad:  # groups may list frozen ones
                 self.state[parameter] = self._states.new(parameter)
-        self._late = LateParameters(named, self.state, self.param_groups, weak_method(self, "_take_in"))
+        self.late = LateParameters(named, self.state, self.param_groups, weak_method(self, "_take_in"))
         for record in records:
             record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
         self._hooked: set[int] = set()
@@ -165,7 +165,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                     self._backward.take(parameter, parameter)
                 self._backward.finish()
                 self.refreshes.apply_rest()
-                self._close_window(bool(self._backward.updated))
+                self._close_window(set(self._backward.updated))
             else:
                 self._step_deferred()
         return loss
@@ -234,7 +234,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         saved["galore_fx"] = {
             "version": STATE_VERSION,
             **dataclasses.asdict(self.counters),
-            "late_parameters": list(self._late.names),
+            "late_parameters": list(self.late.names),
             **self.refreshes.queue.state(self._numbers),
         }
         return saved
@@ -246,7 +246,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
         """
         saved = state_dict.get("galore_fx", {})
-        self._late.take_again(saved.get("late_parameters", ()))
+        self.late.take_again(saved.get("late_parameters", ()))
         num_updates = saved.get("num_updates", self.counters.num_updates)
         go_back = self._residuals.set_learning(num_updates)
         try:
@@ -265,23 +265,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         """The projected parameters."""
         return self._records.values()
 
-    @property
-    def has_narrow_weights(self) -> bool:
-        """Whether a trained weight is stored in 16 or 8 bits."""
-        return any(map(is_narrow, self._parameters()))
-
-    @property
-    def late_parameters(self) -> list[str]:
-        """Names of the parameters that are trained since after compile, at full rank."""
-        return list(self._late.names)
-
     # Windows.
 
     def _open_window(self) -> None:
         self.refreshes.queue.admit(self.counters.num_updates)
         self.refreshes.set_forms()
 
-    def _close_window(self, updated: bool) -> None:
+    def _close_window(self, updated: set[int]) -> None:
+        """Ends a window in which the parameters of these identities were updated; none where it was skipped."""
         self.zero_grad()
         self._states.close_window()
         self._watch.forget()
@@ -289,6 +280,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._written.note(self._trained())
         if updated:
             self.refreshes.pass_on()
+            if not self.counters.num_updates:
+                self.late.name_unmoved(self._trained(), updated)
             self.counters.num_updates += 1
             self.rounding.after_update()
             self._residuals.set_learning(self.counters.num_updates)
@@ -308,14 +301,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.grad_norm = float(norm)
         if not torch.isfinite(norm):
             self.counters.num_skipped += 1
-            self._close_window(False)
+            self._close_window(set())
             return
         if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:
             self.clip_grad_norm_(self.max_grad_norm)
         for parameter, grad in gradients:
             self._update(parameter, grad)
         self.refreshes.apply_sketches()
-        self._close_window(True)
+        self._close_window({id(parameter) for parameter, _ in gradients})
 
     # Hooks.
 
@@ -336,7 +329,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _look_for_late_parameters(self) -> list[nn.Parameter]:
         names = {key: record.name for key, record in self._records.items()}
-        late = self._late.look(list(self._parameters()), names)
+        late = self.late.look(list(self._parameters()), names)
         self._install_hooks()
         return late
 

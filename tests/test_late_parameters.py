@@ -52,7 +52,7 @@ def test_an_unfrozen_block_trains_and_is_named(update):
 
 
 @MODES
-def test_every_trainable_parameter_has_moved_after_an_update(update):
+def test_every_trainable_parameter_has_moved_after_an_update_or_is_named(update, caplog):
     model = unfreezing(update)
     model.requires_grad_(True)
     model.extra = nn.Linear(4, 4)  # in no forward: it has no gradient, and torch would not move it either
@@ -62,6 +62,8 @@ def test_every_trainable_parameter_has_moved_after_an_update(update):
         model.galore_fx.optimizer.step()
     still = [name for name, p in model.named_parameters() if torch.equal(p, start[name])]
     assert still == ["extra.weight", "extra.bias"]
+    assert model.galore_fx.stats()["without_gradient"] == still
+    assert "2 trainable parameters got no gradient in the first update and did not move: extra.weight" in caplog.text
 
 
 def test_a_layer_that_is_exchanged_trains_and_the_old_one_is_named():

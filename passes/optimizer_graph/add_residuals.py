@@ -47,7 +47,7 @@ class ResidualStep:
     entries: Tensor
     _before: Tensor | None = None
     _read: Tensor | None = None
-    _made: Tensor | None = None
+    _made: tuple[Tensor, float] | None = None
 
     def read_weight(self, weight: Tensor) -> None:
         """Takes what is wanted of the weight before the rest of the update changes it."""
@@ -66,7 +66,7 @@ class ResidualStep:
         """Adds the step to the weight (m, n), after its update in the subspace."""
         residual = self.record.residual
         assert residual is not None
-        change, factor = self._step(weight)
+        change, factor = self._step()
         if residual.variant == "rectified":
             assert self._before is not None
             set_at_(weight, residual.columns, self._before.mul_(factor).add_(change))
@@ -80,13 +80,14 @@ class ResidualStep:
         """
         residual = self.record.residual
         assert residual is not None
-        if self._made is None:
-            self._made, _ = self._step(self.record.weight)
+        made, _ = self._step()
         put = set_in_rows_ if residual.variant == "rectified" else add_in_rows_
-        put(change, rows, residual.columns, self._made[rows])
+        put(change, rows, residual.columns, made[rows])
 
-    def _step(self, weight: Tensor) -> tuple[Tensor, float]:
-        values = (*self.values, self.scale)
-        return self.compiled.step_low(
-            self.branch, self.entries, self.tensors, self.state, values, weight.dtype, self._read
-        )
+    def _step(self) -> tuple[Tensor, float]:
+        """What is to be added at the entries, and the factor of the weight before that; made once."""
+        if self._made is None:
+            values, dtype = (*self.values, self.scale), self.record.weight.dtype
+            about = (self.branch, self.entries, self.tensors, self.state, values, dtype, self._read)
+            self._made = self.compiled.step_low(*about)
+        return self._made

@@ -59,7 +59,8 @@ class CompiledRounding:
                 the nearest.
             part_rows: ``change`` is asked for rows that lie inside one of the parts of so many rows.
         """
-        blocks = row_blocks(weight, BLOCK_ELEMENTS[self._device or weight.device.type], part_rows)
+        size = BLOCK_ELEMENTS.get(self._device or weight.device.type, BLOCK_ELEMENTS["cpu"])
+        blocks = row_blocks(weight, size, part_rows)
         factor = self._factor(decay, weight.device)
         for rows in alike(blocks):
             added = change(rows)
