@@ -5,6 +5,7 @@
     python tools/bench.py step            one training step: plain AdamW, galore_torch, galore_fx
     python tools/bench.py update          one parameter's update with 8-bit states: galore_fx, bitsandbytes, torchao
     python tools/bench.py quantized       one training step with quantised weights, bases and states: galore, q-galore
+    python tools/bench.py rounding        one training step in bfloat16, rounded to the nearest and stochastically
     python tools/bench.py refresh         new bases of one layer: SVD, subspace iteration, cross-head
     python tools/bench.py finetune        a fine-tuning step at a gap of 10: galore_torch, galore+
     python tools/bench.py step --case a --steps 15
@@ -64,6 +65,7 @@ def main() -> None:
     import bench_memory
     import bench_quantized
     import bench_refresh
+    import bench_rounding
     import bench_start
     import bench_step
     import bench_update
@@ -75,6 +77,7 @@ def main() -> None:
     bench_start.add_command(commands)
     bench_update.add_command(commands)
     bench_quantized.add_command(commands)
+    bench_rounding.add_command(commands)
     bench_refresh.add_command(commands)
     bench_finetune.add_command(commands)
     arguments = parser.parse_args()

@@ -160,11 +160,11 @@ def _plain(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Contend
     return Contender(step, model, optimizer)
 
 
-def galore_fx_contender(shape: dict[str, Any], **overrides: Any) -> Contender:
+def galore_fx_contender(shape: dict[str, Any], dtype: torch.dtype = torch.float32, **overrides: Any) -> Contender:
     """galore_fx with its default recipe; ``overrides`` are parts of it."""
     adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
     parts = {"refresh_gap": GAP, **overrides}
-    model = galore_fx.compile(make_model(shape), rank=RANK, optimizer=adamw, **parts)
+    model = galore_fx.compile(make_model(shape).to(dtype), rank=RANK, optimizer=adamw, **parts)
     optimizer = model.galore_fx.optimizer
 
     def step(batch: Callable[[], torch.Tensor]) -> None:
