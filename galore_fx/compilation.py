@@ -155,7 +155,7 @@ def _compiled(
     built.optimizer.register_step_pre_hook(lambda *_: warn() if (warn := warn_of_eval()) is not None else None)
     compiled = Compiled(built.optimizer, built.plan, compiler, built.updates, blocks)
     blocks.whole.check = TrainingCheck(
-        PlannedBatch(model, made.batch, plan_for_arguments(model, request, compiled)) if made.batch else None,
+        PlannedBatch(model, made.batch, plan_for_arguments(model, compiled)) if made.batch else None,
         plan_for_first_batch(model, request, decisions, blocks, compiled)
         if plan is None and made.is_without_batch
         else None,

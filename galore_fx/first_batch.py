@@ -93,18 +93,17 @@ def plan_for_first_batch(
         blocks.set_policy(made.activation_policy)
         compiled.optimizer.limit_refreshes(made.recipe["refresh_limit"])
         compiled.plan = made
-        replan = plan_for_arguments(model, request, compiled)
+        replan = plan_for_arguments(model, compiled)
         return PlannedBatch(model, made.batch, replan), watch_peak(model, compiled.optimizer, made)
 
     return plan
 
 
-def plan_for_arguments(model: nn.Module, request: Request, compiled: Compiled) -> Replan:
+def plan_for_arguments(model: nn.Module, compiled: Compiled) -> Replan:
     """Plans steps of a compiled model with arguments that its sample had not, nothing else being open.
 
     Args:
         model: the compiled model.
-        request: what was asked for.
         compiled: has the plan in force, and takes the new one where that is within the budget.
     """
 
@@ -119,7 +118,7 @@ def plan_for_arguments(model: nn.Module, request: Request, compiled: Compiled) -
             device=device,
         )
         training = simulator.train(lambda fake, variants: decide(fake, given, variants))
-        search = PolicySearch(training, plan, device, request.reserve, plan.chosen)
+        search = PolicySearch(training, plan, device, plan.reserve_bytes, plan.chosen)
         made = search.as_given()
         if made.within_budget:
             _LOGGER.info("a step with arguments that the sample had not takes %s", format_bytes(made.peak_bytes))

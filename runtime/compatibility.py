@@ -53,6 +53,7 @@ __all__ = [
     "accumulates",
     "attention_with_linear",
     "backend_settings",
+    "captures_outputs",
     "below_autograd",
     "compile_graph",
     "compiler_settings",
@@ -149,6 +150,36 @@ _GLOBAL_HOOKS = (
 )
 
 
+def captures_outputs() -> bool:
+    """Whether transformers is collecting what modules return, as it does for ``output_hidden_states=True``."""
+    collector = _collector()
+    return collector is not None and collector.get() is not None
+
+
+@contextlib.contextmanager
+def _idle_collector() -> Iterator[None]:
+    """Within it Dynamo can trace the hooks that transformers leaves on modules once it has collected outputs.
+
+    They look up a context variable, which it cannot, unless they are told that something is being compiled.
+    """
+    collector = _collector()
+    if collector is None:
+        yield
+        return
+    before = collector.compiling, collector.global_var
+    collector.compiling, collector.global_var = True, None
+    try:
+        yield
+    finally:
+        collector.compiling, collector.global_var = before
+
+
+def _collector() -> Any:
+    module = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(module, "_active_collector", None)
+    return collector if hasattr(collector, "compiling") and hasattr(collector, "global_var") else None
+
+
 def num_gradient_hooks(tensor: torch.Tensor) -> int:
     """Hooks of ``register_hook`` and ``register_post_accumulate_grad_hook`` on a leaf."""
     hooks = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
@@ -204,6 +235,7 @@ def dispatch_compiler(
         with (
             _dynamo_settings(**limits, **_GUARDED, ignore_logging_functions=_logged_once()),
             _loggable_settings(),
+            _idle_collector() if whole else contextlib.nullcontext(),  # else what runs in between may collect
         ):
             return compiled(*args, **kwargs)
 

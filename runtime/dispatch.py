@@ -23,6 +23,7 @@ from torch import nn
 from galore_fx.errors import CaptureError, UsageError
 from galore_fx.runtime.compatibility import (
     DynamoError,
+    captures_outputs,
     has_global_module_hooks,
     in_backward,
     refuse_unsupported_modes,
@@ -122,6 +123,8 @@ class RegionFunction:
             refuse_unsupported_modes()
             if has_global_module_hooks():
                 _name_global_hooks()
+                return eager(module, *args, **kwargs)
+            if captures_outputs():  # by hooks that write into a list, for this call
                 return eager(module, *args, **kwargs)
             try:
                 return self._compiled(module, *args, **kwargs)

@@ -7,11 +7,12 @@ it or else in the first one, and is named once with what its states take; what h
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from galore_fx.errors import OptimizerError
 from galore_fx.units import format_bytes
 
 _LOGGER = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class LateParameters:
     def __init__(
         self,
         named: NamedParameters,
-        states: Mapping[Tensor, dict[str, Any]],
+        states: MutableMapping[Tensor, dict[str, Any]],
         param_groups: list[dict[str, Any]],
         take_in: Callable[[nn.Parameter, dict[str, Any]], None],
     ) -> None:
@@ -54,20 +55,19 @@ class LateParameters:
         self.without_gradient: list[str] = []
         self._named, self._states, self._groups, self._take_in = named, states, param_groups, take_in
         self._told_of_lost = False
+        self._appended: set[int] = set()
 
-    def look(self, trained: Collection[nn.Parameter], name_of: Mapping[int, str]) -> list[nn.Parameter]:
+    def look(self, trained: Collection[nn.Parameter], name_of: Mapping[int, str]) -> None:
         """Takes in what the model has come to train, and names what it has lost.
 
         Args:
             trained: the optimizer's parameters.
             name_of: names of projected weights, by identity.
 
-        Returns:
-            What is new.
         """
         named = dict(self._named())
         if not named:
-            return []
+            return
         new = {name: p for name, p in named.items() if p.requires_grad and p not in self._states}
         for name, parameter in new.items():
             self._add(name, parameter)
@@ -87,7 +87,6 @@ class LateParameters:
                 f"{len(lost)} parameters that were compiled are no longer in the model, nor trained: {_some(lost)}",
                 stacklevel=5,
             )
-        return list(new.values())
 
     def name_unmoved(self, trained: Iterable[nn.Parameter], updated: Collection[int]) -> None:
         """Says which parameters the first update has left where they were, since they got no gradient.
@@ -105,20 +104,47 @@ class LateParameters:
                 _some(self.without_gradient),
             )
 
-    def take_again(self, names: Iterable[str]) -> None:
-        """Takes in the parameters of these names in this order, as the run did whose state is to be loaded."""
-        named = dict(self._named())
+    def take_again(self, names: Iterable[str]) -> Callable[[], None]:
+        """Takes in the parameters of these names in this order, as the run did whose state is to be loaded.
+
+        Returns:
+            What undoes it.
+
+        Raises:
+            OptimizerError: one of them was trained from the start here, so that it stands elsewhere among the states.
+        """
+        named, taken = dict(self._named()), list(self.names)
         for name in names:
             if name in named and named[name] not in self._states:
                 self._add(name, named[name])
+            elif name not in self.names:
+                raise OptimizerError(
+                    f"{name} was unfrozen after compile in the run whose state this is, and is trained from the start "
+                    "here: compile with it frozen, as then, load the state, and unfreeze it"
+                )
+
+        def go_back() -> None:
+            for name in self.names[len(taken) :]:
+                self._remove(named[name])
+            self.names[:] = taken
+
+        return go_back
 
     def _add(self, name: str, parameter: nn.Parameter) -> None:
         group = next((g for g in self._groups if any(p is parameter for p in g["params"])), None)
         if group is None:
             group = self._groups[0]
             group["params"].append(parameter)
+            self._appended.add(id(parameter))
         self._take_in(parameter, group)
         self.names.append(name)
+
+    def _remove(self, parameter: nn.Parameter) -> None:
+        del self._states[parameter]
+        if id(parameter) in self._appended:
+            self._appended.remove(id(parameter))
+            group = self._groups[0]["params"]
+            del group[next(i for i, each in enumerate(group) if each is parameter)]
 
 
 def _some(names: Iterable[str]) -> str:

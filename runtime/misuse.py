@@ -24,7 +24,10 @@ def refuse_other_optimizers(own: type[torch.optim.Optimizer]) -> None:
             return
         if isinstance(optimizer, own) or isinstance(getattr(optimizer, "optimizer", None), own):
             return  # ours, alone or inside a wrapper that moves weights as they are, such as Lookahead
-        if isinstance(getattr(optimizer, "base_optimizer", None), own):
+        base = getattr(optimizer, "base_optimizer", None)
+        if isinstance(base, own):
+            if not any(True for _ in base.records):  # type: ignore[attr-defined]
+                return  # at full rank: all gradients are there
             raise UsageError(
                 f"this {type(optimizer).__name__} moves weights along their .grad between two backwards, as SAM does, "
                 "and projected weights have none: only the others would be perturbed. Use recipe='full', whose "

@@ -159,9 +159,11 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            late = self._look_for_late_parameters()
+            names = {key: record.name for key, record in self._records.items()}
+            self.late.look(list(self._parameters()), names)
+            newly_hooked = self._install_hooks()
             if self.in_backward:
-                for parameter in late:
+                for parameter in newly_hooked:  # whose gradient has come without a hook
                     self._backward.take(parameter, parameter)
                 self._backward.finish()
                 self.refreshes.apply_rest()
@@ -246,13 +248,14 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
         """
         saved = state_dict.get("galore_fx", {})
-        self.late.take_again(saved.get("late_parameters", ()))
+        give_back = self.late.take_again(saved.get("late_parameters", ()))
         num_updates = saved.get("num_updates", self.counters.num_updates)
         go_back = self._residuals.set_learning(num_updates)
         try:
             extra = restore(self.state, self.param_groups, state_dict, self.refreshes.sharers())
         except BaseException:
             go_back()
+            give_back()
             raise
         self.counters.load(extra)
         self.refreshes.queue.load_state(extra, list(map(id, self._parameters())))
@@ -312,8 +315,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     # Hooks.
 
-    def _install_hooks(self) -> None:
-        """On all parameters that are trained; those that are frozen, which cannot have any, get theirs later."""
+    def _install_hooks(self) -> list[nn.Parameter]:
+        """On those parameters that are trained and have none yet: one that is frozen cannot have any. Returns them."""
         misses_some = not all(record.delivers_full for record in self.records)  # who clips parameters' .grad
         new = [parameter for parameter in self._trained() if id(parameter) not in self._hooked]
         self._hooked.update(map(id, new))
@@ -326,12 +329,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
         if self.in_backward:
             self._backward.install(new)
-
-    def _look_for_late_parameters(self) -> list[nn.Parameter]:
-        names = {key: record.name for key, record in self._records.items()}
-        late = self.late.look(list(self._parameters()), names)
-        self._install_hooks()
-        return late
+        return new
 
     def _take_in(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
         """Makes ready for a parameter that is trained from now on."""

@@ -15,7 +15,9 @@ import warnings
 import torch
 from torch import Tensor
 
-# Of a parameter; those of another part of it each time.
+from galore_fx.runtime.random_thresholds import key_of
+
+# Of a parameter; of a part of it that is drawn each time.
 SAMPLE_ELEMENTS = 2**14
 NUM_FIRST_UPDATES = 4
 _INTERVAL = 32
@@ -44,7 +46,7 @@ class RealisedMovement:
         """
         if num_updates >= NUM_FIRST_UPDATES and num_updates % _INTERVAL:
             return None
-        return MovementProbe(self, kind, num_updates * 7 + number)
+        return MovementProbe(self, kind, key_of(num_updates, number) & 0x7FFFFFFF)
 
     def share(self, kind: str) -> float | None:
         """Realised share of the intended movement; None where none has been looked at, or none was intended."""

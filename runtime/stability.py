@@ -18,6 +18,9 @@ from galore_fx.runtime.wide_norm import wide_norm
 def sketch_overlap(old: Tensor, sketch: Tensor) -> float:
     """Share of the energy of a sketch ``G^T G P`` that lies in the span of P, corrected for chance.
 
+    In 16 bits R is balanced before the sketch (subspace.py), and a direction counts by its singular value squared and
+    not to the fourth power: the share of a subspace that stays comes out somewhat lower, and bases are renewed sooner.
+
     Args:
         old: P, (n, r), orthonormal.
         sketch: (n, r).

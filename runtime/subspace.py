@@ -80,18 +80,20 @@ def balanced(projected: Tensor, dim: ProjectedDim) -> Tensor:
         dim: the projected dimension.
 
     Returns:
-        Of R's shape and dtype.
+        Of R's shape and dtype; with vectors of norm one only, where they cannot be factorised.
 
     Source: Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4, which orthonormalises after each product.
     """
     if projected.dtype.itemsize > 2:
         return projected
-    columns = (projected if dim is ProjectedDim.COLS else projected.T).float()
-    columns = columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-    size, rank = columns.shape
-    identity = torch.eye(rank, device=columns.device)
-    factor, _ = torch.linalg.cholesky_ex(columns.T @ columns + _shift(size, rank) * identity)
-    columns = torch.linalg.solve_triangular(factor.T, columns, upper=True, left=False)
+    with torch.autocast(projected.device.type, enabled=False):  # which would make the products in 16 bits
+        columns = (projected if dim is ProjectedDim.COLS else projected.T).float()
+        columns = columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+        size, rank = columns.shape
+        identity = torch.eye(rank, device=columns.device)
+        factor, info = torch.linalg.cholesky_ex(columns.T @ columns + _shift(size, rank) * identity)
+        solved = torch.linalg.solve_triangular(factor.T, columns, upper=True, left=False)
+        columns = torch.where(info == 0, solved, columns)
     found: Tensor = (columns if dim is ProjectedDim.COLS else columns.T).to(projected.dtype)
     return found
 

@@ -156,3 +156,21 @@ def test_a_graph_that_is_kept_is_not_run_by_a_cached_kernel_that_overwrites_it(t
         command = [sys.executable, "-W", "ignore", "-c", _RETAIN, mode]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_call_that_collects_hidden_states_leaves_the_blocks_compiled():
+    """transformers leaves its collecting hooks on the modules, inside the blocks too."""
+    model, plain = pair()
+    ids = batches(1)[0]
+    model.eval()(input_ids=ids, output_hidden_states=True, output_attentions=True)
+    model.train()
+    found = [each(input_ids=ids, labels=ids, output_hidden_states=True) for each in (model, plain)]
+    for mine, theirs in zip(found[0].hidden_states, found[1].hidden_states, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for made in found:
+        made.loss.backward()
+    assert_gradients_equal(model, plain)
+    for each in (model, plain):
+        each.zero_grad()
+    assert_same(model, plain)
+    assert not model.galore_fx.stats()["uncompiled"]

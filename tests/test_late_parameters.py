@@ -81,8 +81,9 @@ def test_a_layer_that_is_exchanged_trains_and_the_old_one_is_named():
     assert not torch.equal(layer.weight, start)
 
 
+@MODES
 @pytest.mark.parametrize("at_once", [True, False], ids=["unfrozen before loading", "after it"])
-def test_a_run_that_has_unfrozen_resumes_to_the_bit(at_once):
+def test_a_run_that_has_unfrozen_resumes_to_the_bit(at_once, update):
     ids = batches(6)
 
     def unfreeze(model, block):
@@ -91,7 +92,7 @@ def test_a_run_that_has_unfrozen_resumes_to_the_bit(at_once):
     def make():
         model = llama(3)
         model.model.layers[:2].requires_grad_(False)
-        return galore_fx.compile(model, rank=8, optimizer=adamw())
+        return galore_fx.compile(model, rank=8, optimizer=adamw(), update=update)
 
     straight = make()
     train(straight, ids[:1])
@@ -126,3 +127,22 @@ def test_groups_may_list_frozen_parameters_and_say_how_they_train_later(update):
     with pytest.warns(UserWarning, match="1 parameters were unfrozen"):
         train(model, batches(1))
     assert float((model.model.embed_tokens.weight.detach() - start).abs().max()) == pytest.approx(1e-2, rel=0.05)
+
+
+def test_a_state_that_does_not_fit_changes_nothing():
+    saved, other = unfreezing(), unfreezing()
+    saved.requires_grad_(True)
+    with pytest.warns(UserWarning, match="9 parameters were unfrozen"):
+        train(saved, batches(1))
+    state = saved.galore_fx.optimizer.state_dict()
+    broken = copy.deepcopy(state)
+    broken["state"][0].pop("step")
+    number = len(other.galore_fx.optimizer.param_groups[0]["params"])
+    with pytest.raises(galore_fx.OptimizerError, match="does not fit"):
+        other.galore_fx.optimizer.load_state_dict(broken)
+    assert len(other.galore_fx.optimizer.param_groups[0]["params"]) == number
+    assert not other.galore_fx.stats()["late_parameters"]
+    other.galore_fx.optimizer.load_state_dict(state)
+    trained = galore_fx.compile(llama(2), rank=8, optimizer=adamw(lr=1e-2))
+    with pytest.raises(galore_fx.OptimizerError, match="was unfrozen after compile in the run whose state this is"):
+        trained.galore_fx.optimizer.load_state_dict(state)

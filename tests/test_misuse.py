@@ -132,7 +132,7 @@ def test_sam_over_a_model_at_full_rank_is_torchs():
             sam.second_step()
             model.zero_grad()
 
-    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    sgd, _projected = functools.partial(torch.optim.SGD, lr=0.1), compiled()
     model, plain = galore_fx.compile(llama(1), optimizer=sgd, recipe="full"), llama(1)
     run(model, model.galore_fx.optimizer)
     run(plain, sgd(plain.parameters()))

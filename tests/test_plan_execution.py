@@ -15,6 +15,7 @@ import galore_fx
 from galore_fx import choice, measurement, policy_search
 from galore_fx.measurement import counted_peak, kept_bytes
 from galore_fx.plan_record import Plan
+from galore_fx.planned_batch import PlannedBatch
 from galore_fx.policy_search import largest_peak
 from galore_fx.runtime import peak_watch
 from tests.models import adamw, backward, batches, largest_error, llama
@@ -71,8 +72,34 @@ def test_an_argument_that_the_sample_has_not_is_refused_only_where_the_step_woul
     roomy(**SAMPLE, num_items_in_batch=number, attention_mask=mask).loss.backward()
     exact = galore_fx.plan(small(1), sample={**SAMPLE, "attention_mask": mask}, **SETTLED).peak_bytes
     assert roomy.galore_fx.plan.peak_bytes == pytest.approx(exact, abs=64)
-    with pytest.raises(galore_fx.UsageError, match=r"attention_mask of shape \(9, 48\) was \(8, 48\) in the sample"):
-        roomy(**SAMPLE, attention_mask=torch.ones(9, 48))
+
+
+def test_a_new_argument_is_planned_at_the_size_of_the_sample(monkeypatch):
+    """The first batch may be short: what is simulated is the largest one, and a longer one is not refused."""
+    simulated = []
+    plan = galore_fx.plan(small(1), "1GB", sample=SAMPLE, **SETTLED)
+
+    def replan(args, kwargs):
+        simulated.append({name: tuple(value.shape) for name, value in kwargs.items()} | {"args": len(args)})
+        return plan
+
+    planned = PlannedBatch(small(1), {"input_ids": (8, 48), "labels": (8, 48)}, replan)
+
+    def call(batch, length, **more):
+        ids = IDS[:batch, :length]
+        planned((), {"input_ids": ids, "labels": ids, **{k: make(ids) for k, make in more.items()}})
+
+    call(4, 20, attention_mask=torch.ones_like)
+    assert simulated == [{name: (8, 48) for name in ("input_ids", "labels", "attention_mask")} | {"args": 0}]
+    call(8, 48, attention_mask=torch.ones_like)
+    call(8, 30)
+    assert len(simulated) == 1
+    call(8, 48, index=lambda ids: torch.arange(len(ids)), attention_mask=torch.ones_like)
+    assert len(simulated) == 2 and simulated[1]["index"] == (8,)
+    call(8, 48, index=lambda ids: torch.arange(100))  # grows without the batch: simulated again
+    assert len(simulated) == 3 and simulated[2]["index"] == (100,)
+    with pytest.raises(galore_fx.UsageError, match=r"input_ids of shape \(8, 48\) was \(8, 40\) in the sample"):
+        PlannedBatch(small(1), {"input_ids": (8, 40)}, replan)((IDS,), {})
 
 
 def test_the_trainer_trains_within_a_budget_and_a_sample(tmp_path):

@@ -262,3 +262,25 @@ def test_heads_in_a_list_are_trained_at_full_rank():
 def test_a_list_of_layers_of_one_network_is_no_list_of_heads():
     layers = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 10)])
     assert [region.name for region in find_regions(nn.ModuleDict({"layers": layers}))] == ["layers.0", "layers.1"]
+
+
+class Gated(nn.Module):
+    """A block whose gate is registered last, as in Qwen2-MoE's shared expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.gate = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        return x + self.down(self.up(x)) * self.gate(x).sigmoid()
+
+
+def test_a_block_with_a_gate_is_no_head():
+    model = nn.ModuleDict({"layers": nn.ModuleList([Gated(), Gated()]), "head": nn.Linear(16, 4)})
+    regions = find_regions(model)
+    assert [region.name for region in regions] == ["layers.0", "layers.1"]
+    assert [w.name for w in regions[0].weights] == [
+        "layers.0.up.weight",
+        "layers.0.down.weight",
+        "layers.0.gate.weight",
+    ]

@@ -15,6 +15,7 @@ from galore_fx.passes.optimizer_graph.round_weights import CompiledRounding
 from galore_fx.runtime.normalized_linear import NormalizedLinear
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.random_thresholds import UpdateKeys, key_of, random_bits
+from galore_fx.runtime.realised_movement import RealisedMovement
 from galore_fx.runtime.rounding import round_stochastically, round_to_bfloat16, rounded_as
 from galore_fx.runtime.subspace import ProjectedDim, back_projected_rows
 from tests.models import adamw, backward, batches, llama, straight_and_resumed, train
@@ -310,3 +311,34 @@ def test_a_training_with_the_trainer_in_bfloat16_moves_its_weights(tmp_path):
     projected = model.galore_fx.stats()["projected"]
     assert projected and not any(torch.equal(model.get_parameter(name), start[name]) for name in projected)
     assert model.galore_fx.stats()["realised_movement"]["projected"] is not None
+
+
+def test_a_parameter_of_parts_of_blocks_is_looked_at_too():
+    """8-bit states come in blocks of 256, and 5000 elements are not whole ones."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = torch.nn.ModuleList([torch.nn.Linear(50, 50), torch.nn.Linear(50, 50)])
+            self.gain = torch.nn.Parameter(torch.ones(100, 50))
+            self.extra = torch.nn.Parameter(torch.ones(5000))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = x + block(x)
+            return (x * self.gain).float().square().mean() + (self.extra * self.gain.flatten()).float().mean()
+
+    model = Model().to(torch.bfloat16).train()
+    galore_fx.compile(model, rank=8, state_bits=8, optimizer=adamw(lr=1e-2))
+    for _ in range(3):
+        model(torch.randn(100, 50).to(torch.bfloat16)).backward()
+        model.galore_fx.optimizer.step()
+    assert 0.9 < model.galore_fx.stats()["realised_movement"]["full_rank"] < 1.1
+
+
+def test_looks_are_spread_over_the_weight():
+    looks = RealisedMovement()
+    turns = {looks.probe("projected", 32 * update, 3).turn % 32 for update in range(200)}
+    assert len(turns) == 32
+    assert looks.probe("projected", 33, 3) is None

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from galore_fx.runtime import subspace
 from galore_fx.runtime.subspace import (
     ORTHONORMAL_TOLERANCE,
     ProjectedDim,
     add_back_projection_,
+    balanced,
     exact_basis,
     leading_columns,
     orthonormalize,
@@ -117,3 +119,49 @@ def test_oversampled_columns_bring_a_cold_basis_nearer_to_the_exact_one(dim):
 def test_an_oversampled_sketch_that_is_not_finite_gives_no_basis():
     sketch = torch.full((8, 5), torch.nan)
     assert orthonormalize(leading_columns(sketch, 3)) is None
+
+
+def graded(rank, least):
+    """A gradient (96, 64) whose leading singular values fall from 1 to ``least``, the rest far below, and V."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 64, generator=generator)).Q for n in (96, 64))
+    values = torch.full((64,), least * 1e-2)
+    values[:rank] = torch.logspace(0, torch.log10(torch.tensor(least)).item(), rank)
+    return left * values @ right.T, right[:, :rank]
+
+
+@pytest.mark.parametrize("dim", list(ProjectedDim))
+def test_sketches_in_bfloat16_find_weak_directions(monkeypatch, dim):
+    """Two refreshes from a random basis: the subspace is the exact one; without the balance a third of it is noise."""
+    grad, exact = graded(8, 0.02)
+    grad = (grad if dim is ProjectedDim.COLS else grad.T).to(torch.bfloat16)
+
+    def overlap():
+        basis = random_basis((64, 8), torch.Generator().manual_seed(1)).to(torch.bfloat16)
+        for _ in range(2):
+            basis = orthonormalize(sketch_of(grad, basis, dim)).to(torch.bfloat16)
+        return float((basis.float().T @ exact).square().sum() / 8)
+
+    assert overlap() > 0.99
+    monkeypatch.setattr(subspace, "balanced", lambda projected, _dim: projected)
+    assert overlap() < 0.9
+
+
+@pytest.mark.parametrize("dim", list(ProjectedDim))
+def test_balancing_spans_the_same_and_leaves_wide_formats_alone(dim):
+    grad, _ = graded(8, 0.02)
+    basis = random_basis((64, 8), torch.Generator().manual_seed(1))
+    projected = grad @ basis if dim is ProjectedDim.COLS else (grad @ basis).T
+    assert balanced(projected, dim) is projected
+    narrow = projected.to(torch.bfloat16)
+    made = balanced(narrow, dim)
+    assert made.shape == narrow.shape and made.dtype is torch.bfloat16
+    columns, span = (each.float() if dim is ProjectedDim.COLS else each.float().T for each in (made, narrow))
+    inside = torch.linalg.qr(span).Q
+    assert float((columns - inside @ (inside.T @ columns)).norm()) < 0.02 * float(columns.norm())
+    assert float(torch.linalg.cond(columns)) < 0.2 * float(torch.linalg.cond(span))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(balanced(narrow, dim), made), "float32 inside"
+    for odd in (torch.zeros_like(narrow), narrow * float("nan"), narrow[:, :1].expand(narrow.shape)):
+        assert balanced(odd.contiguous(), dim).shape == narrow.shape
+    assert float(balanced(torch.zeros_like(narrow), dim).abs().max()) == 0.0

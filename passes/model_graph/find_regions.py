@@ -4,11 +4,13 @@ A region is an entry of an outermost ``nn.ModuleList`` that holds linear layers:
 model has none, the whole model is the one region. Embeddings, heads, norms and biases are trained at full rank, as
 in GaLore's released training script (methods: every linear of attention and MLP is projected).
 
-A head is told from a block by its width: what its last linear layer makes goes into no linear layer of the model. So an
-entry of a list that ends in classes, coordinates or tokens is no block, in whichever list it stands.
+A head is told from a block by its widths: its linear layers are a chain, each taking what the one before makes, and
+what the last one makes goes into no linear layer of the model. So an entry of a list that ends in classes, coordinates
+or tokens is no block, in whichever list it stands; one with branches, such as an attention or a gate, is.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from torch import nn
@@ -123,9 +125,10 @@ def _input_widths(model: nn.Module) -> set[int]:
 
 
 def _is_head(module: nn.Module, widths: set[int]) -> bool:
-    """Whether what the last linear layer of a module makes goes into no linear layer."""
-    last = [out for part in module.modules() for _, out in _widths(part)][-1:]
-    return bool(last) and last[0] not in widths
+    """Whether a module's linear layers are a chain whose end goes into no linear layer."""
+    chain = [each for part in module.modules() for each in _widths(part)]
+    is_chain = all(first[1] == second[0] for first, second in itertools.pairwise(chain))
+    return bool(chain) and is_chain and chain[-1][1] not in widths
 
 
 def _without_heads(model: nn.Module, weights: tuple[LinearWeight, ...], widths: set[int]) -> tuple[LinearWeight, ...]:

@@ -215,14 +215,14 @@ class CompiledUpdate:
         Returns:
             What is to be called when the step has been done.
         """
-        num_parts = max(1, weight.numel() // SAMPLE_ELEMENTS)
-        first = probe.turn % num_parts * SAMPLE_ELEMENTS
-        part = slice(first, min(first + SAMPLE_ELEMENTS, weight.numel()))
+        num_elements = weight.numel() // BLOCK * BLOCK if self._is_quantized else weight.numel()  # whole blocks
+        first = probe.turn % max(1, num_elements // SAMPLE_ELEMENTS) * SAMPLE_ELEMENTS
+        part = slice(first, min(first + SAMPLE_ELEMENTS, num_elements))
         wide = weight.view(-1)[part].to(numbers.dtype)
         before = wide.clone()
         copies = [wide, *(tensor.view(-1)[part].clone() for tensor in (grad, *tensors))]
         if self._is_quantized:
-            rows = slice(first // BLOCK, -(-part.stop // BLOCK))
+            rows = slice(first // BLOCK, part.stop // BLOCK)
             copies = [tensor.view(-1, BLOCK) for tensor in copies]
             self._uncompiled(*copies, *(scale[rows].clone() for scale in scales), numbers, *_keys(key, 0))
         else:
