@@ -64,8 +64,6 @@ class BackwardUpdates:
             holders = [parameter, *(record.gradient_leaves() if record is not None else ())]
             for holder in holders:
                 holder.register_post_accumulate_grad_hook(weak_hook(self, "take", parameter))
-            if record is not None:
-                record.num_own_hooks += 1
             if record is not None and record.consumes:
                 record.consume = weak_hook(self, "consume", parameter)
 

@@ -61,11 +61,11 @@ __all__ = [
     "current_tracing_context",
     "dispatch_compiler",
     "has_global_module_hooks",
+    "has_gradient_hooks",
     "in_backward",
     "memory_events",
     "optimizer_internals",
     "num_captured_graphs",
-    "num_gradient_hooks",
     "outside_all_modes",
     "quiet_profiler",
     "refuse_unsupported_modes",
@@ -153,7 +153,7 @@ _GLOBAL_HOOKS = (
 def captures_outputs() -> bool:
     """Whether transformers is collecting what modules return, as it does for ``output_hidden_states=True``."""
     collector = _collector()
-    return collector is not None and collector.get() is not None
+    return collector is not None and bool(collector.get())
 
 
 @contextlib.contextmanager
@@ -180,10 +180,9 @@ def _collector() -> Any:
     return collector if hasattr(collector, "compiling") and hasattr(collector, "global_var") else None
 
 
-def num_gradient_hooks(tensor: torch.Tensor) -> int:
-    """Hooks of ``register_hook`` and ``register_post_accumulate_grad_hook`` on a leaf."""
-    hooks = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
-    return sum(len(each) for each in hooks if each)
+def has_gradient_hooks(tensor: torch.Tensor) -> bool:
+    """Whether there are hooks of ``register_hook`` on a leaf, which may exchange its gradient."""
+    return bool(tensor._backward_hooks)
 
 
 def _donated_inputs() -> list[int]:

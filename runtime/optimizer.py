@@ -122,7 +122,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self._update,
             observe=lambda what, grad: self.observe(what, grad),
         )
-        self._gradients = DeferredGradients(self._parameters, self._records, self.refreshes)
+        gradients = DeferredGradients(self._parameters, self._records, self.refreshes)
+        self._collect, self._holders = gradients.collect, gradients.holders
         self._residuals = ResidualTraining(records, self.state, self.counters, self._states.like)
         for parameter in self._parameters():
             if parameter.requires_grad:  # groups may list frozen ones
@@ -192,10 +193,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 "backward; compile with update='deferred' to clip"
             )
         with torch.no_grad():
-            grads = [grad for _, grad in self._gradients.collect()]
+            grads = [grad for _, grad in self._collect()]
             norm = torch.nn.utils.get_total_norm(grads)
             torch.nn.utils.clip_grads_with_norm_(
-                [holder for holder in self._gradients.holders() if holder.grad is not None], max_norm, norm
+                [holder for holder in self._holders() if holder.grad is not None], max_norm, norm
             )
             self._watch.forget()
         return norm
@@ -296,7 +297,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _step_deferred(self) -> None:
         self._watch.warn_of_changes(self._parameters())
-        gradients = self._gradients.collect()
+        gradients = self._collect()
         if not gradients:
             return
         self._watch.warn_of_missing((record.weight for record in self.records), (p for p, _ in gradients))

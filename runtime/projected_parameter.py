@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from galore_fx.runtime.compatibility import num_gradient_hooks
+from galore_fx.runtime.compatibility import has_gradient_hooks
 from galore_fx.runtime.leaf import storage_free_leaf
 from galore_fx.runtime.random_thresholds import generator_of
 from galore_fx.runtime.sampled_heads import SampledHeads
@@ -68,7 +68,6 @@ class ProjectedParameter:
         consumes: whether the backward's graph hands A and B of ``G = A^T B`` to the update.
         consume: what does the update, and returns a tensor of R's shape.
         num_uses: how often a graph that does so has run forward in this window.
-        num_own_hooks: hooks on the weight's gradient that are the optimizer's.
         is_random: whether a new basis is drawn and not found from a gradient.
         delivers_full: whether the full gradient comes in every backward, since it is small: a factor's.
         right_basis: where both sides are projected, that of the columns, (n, r); ``basis`` is then that of the rows,
@@ -97,7 +96,6 @@ class ProjectedParameter:
     consumes: bool = False
     consume: Callable[[Tensor, Tensor], Tensor] | None = None
     num_uses: int = 0
-    num_own_hooks: int = 0
     is_random: bool = False
     delivers_full: bool = False
     right_basis: Tensor | None = None
@@ -199,8 +197,8 @@ class ProjectedParameter:
 
     @property
     def is_hooked(self) -> bool:
-        """Whether someone else has hooks on the weight's gradient, which then has to be formed."""
-        return num_gradient_hooks(self.weight) > self.num_own_hooks
+        """Whether someone has hooks on the weight's gradient, which then has to be formed."""
+        return has_gradient_hooks(self.weight)
 
     @property
     def draws(self) -> bool:

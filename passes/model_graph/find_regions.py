@@ -6,7 +6,8 @@ in GaLore's released training script (methods: every linear of attention and MLP
 
 A head is told from a block by its widths: its linear layers are a chain, each taking what the one before makes, and
 what the last one makes goes into no linear layer of the model. So an entry of a list that ends in classes, coordinates
-or tokens is no block, in whichever list it stands; one with branches, such as an attention or a gate, is.
+or tokens is no block, in whichever list it stands; one with branches, such as an attention or a gate, is, and so is one
+that comes back to the width it began with and is not plainly a sequence.
 """
 
 import dataclasses
@@ -127,8 +128,11 @@ def _input_widths(model: nn.Module) -> set[int]:
 def _is_head(module: nn.Module, widths: set[int]) -> bool:
     """Whether a module's linear layers are a chain whose end goes into no linear layer."""
     chain = [each for part in module.modules() for each in _widths(part)]
-    is_chain = all(first[1] == second[0] for first, second in itertools.pairwise(chain))
-    return bool(chain) and is_chain and chain[-1][1] not in widths
+    if not chain or chain[-1][1] in widths or any(a[1] != b[0] for a, b in itertools.pairwise(chain)):
+        return False
+    start, inner = chain[0][0], [out for _, out in chain[:-1]]
+    comes_back = any(a != start and b == start for a, b in itertools.pairwise(inner))
+    return isinstance(module, nn.Sequential) or not comes_back
 
 
 def _without_heads(model: nn.Module, weights: tuple[LinearWeight, ...], widths: set[int]) -> tuple[LinearWeight, ...]:
