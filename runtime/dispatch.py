@@ -21,14 +21,9 @@ import torch
 from torch import nn
 
 from galore_fx.errors import CaptureError, UsageError
-from galore_fx.runtime.compatibility import (
-    DynamoError,
-    captures_outputs,
-    has_global_module_hooks,
-    in_backward,
-    refuse_unsupported_modes,
-)
+from galore_fx.runtime.compatibility import DynamoError, in_backward, refuse_unsupported_modes
 from galore_fx.runtime.eager_form import run_eager
+from galore_fx.runtime.foreign_hooks import captures_outputs, has_global_module_hooks
 from galore_fx.runtime.normalized_linear import with_merged_weights
 from galore_fx.runtime.quantized_tensor import plain_tensors
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from galore_fx.runtime.compatibility import has_gradient_hooks
+from galore_fx.runtime.foreign_hooks import has_gradient_hooks
 from galore_fx.runtime.leaf import storage_free_leaf
 from galore_fx.runtime.random_thresholds import generator_of
 from galore_fx.runtime.sampled_heads import SampledHeads

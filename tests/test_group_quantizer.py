@@ -142,7 +142,7 @@ def test_the_compiled_update_is_the_plain_one(monkeypatch, dim, shape):
     ):
         expected = add_and_round(*stored.parts, change, torch.tensor(0.99), thresholds)
         for limit in (2**20, 512):
-            monkeypatch.setitem(round_weights.BLOCK_ELEMENTS, "cpu", limit)
+            monkeypatch.setitem(round_weights.BLOCK_BYTES, "cpu", 4 * limit)
             made = stored.clone()
             tensor = None if used is None else torch.tensor(used, dtype=torch.int32)
             ROUNDING.add_(made, partial(back_projected_rows, update, basis, dim), 0.99, tensor, shape[0])

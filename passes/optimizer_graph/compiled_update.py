@@ -17,12 +17,14 @@ from galore_fx.passes.optimizer_graph.quantize_states import quantize_states
 from galore_fx.passes.optimizer_graph.round_weights import (
     CompiledRounding,
     part_key,
+    product_dtype,
     round_full_weight,
     row_blocks,
     wide_rows,
 )
 from galore_fx.passes.optimizer_graph.trace_step import TracedStep
 from galore_fx.runtime.blockwise import BLOCK
+from galore_fx.runtime.compatibility import compile_for_any_length
 from galore_fx.runtime.optimizer_state import SCALES
 from galore_fx.runtime.projected_parameter import ProjectedParameter
 from galore_fx.runtime.quantized_tensor import QuantizedTensor
@@ -80,7 +82,7 @@ class CompiledUpdate:
         if rounded:
             body = round_full_weight(body)
         self._uncompiled = body
-        self._body: Callable[..., Any] = torch.compile(body, fullgraph=True, dynamic=True)
+        self._body: Callable[..., Any] = compile_for_any_length(body)
         self._numbers = functools.lru_cache(NUM_CACHED_STEPS)(self._compute_numbers)
 
     def branch_for(self, values: tuple[float, ...], born: bool) -> int | None:
@@ -108,9 +110,9 @@ class CompiledUpdate:
             return
         read = record.project(weight) if self._needs_weight else None
         update, factor = self.step_low(branch, grad, tensors, state, values, weight.dtype, read)
-        product_dtype = _product_dtype(weight.dtype)
+        dtype = product_dtype(weight.dtype)
         if record.right_basis is not None:
-            update = update.to(product_dtype) @ record.right_basis.to(product_dtype).T
+            update = update.to(dtype) @ record.right_basis.to(dtype).T
         if complement is not None:
             update = complement.join(update)
         is_in_place = rounding_key is None and not isinstance(weight, QuantizedTensor)
@@ -118,7 +120,7 @@ class CompiledUpdate:
             _add_in_place(weight, update, record, factor, complement, remainder)
             return
         basis = record.basis.dequantized() if isinstance(record.basis, QuantizedTensor) else record.basis
-        update, basis = update.to(product_dtype), basis.to(product_dtype)
+        update, basis = update.to(dtype), basis.to(dtype)
 
         def change(rows: slice) -> Tensor:
             added = back_projected_rows(update, basis, record.dim, rows)
@@ -315,11 +317,6 @@ class CompiledUpdate:
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Arithmetic is done in float32 at least, whatever is stored."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the back-projection: the weight's, but for float16, whose range is too small for what is added to a weight."""
-    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def _add_in_place(

@@ -28,7 +28,7 @@ from galore_fx.runtime.repetition import alike
 from galore_fx.runtime.rounding import rounded_as
 
 # What is formed of the back-projection at once: a CPU's cache, and what keeps a GPU busy with one launch.
-BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**25}
 _NUM_FACTORS = 8
 # (rows) -> what is added to these rows of a weight (rows, n); a new tensor, which may be changed.
 Change = Callable[[slice], Tensor]
@@ -59,8 +59,8 @@ class CompiledRounding:
                 the nearest.
             part_rows: ``change`` is asked for rows that lie inside one of the parts of so many rows.
         """
-        size = BLOCK_ELEMENTS.get(self._device or weight.device.type, BLOCK_ELEMENTS["cpu"])
-        blocks = row_blocks(weight, size, part_rows)
+        num_bytes = BLOCK_BYTES.get(self._device or weight.device.type, BLOCK_BYTES["cpu"])
+        blocks = row_blocks(weight, num_bytes // product_dtype(weight.dtype).itemsize, part_rows)
         factor = self._factor(decay, weight.device)
         for rows in alike(blocks):
             added = change(rows)
@@ -82,6 +82,11 @@ class CompiledRounding:
         for tensor in (parts[0], added):
             torch._dynamo.mark_static(tensor, 1)
         self._round_codes(*parts, added, factor, part_key(key, groups.start * GROUP))
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the back-projection: the weight's, but for float16, whose range is too small for what is added to a weight."""
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def row_blocks(weight: Tensor, num_elements: int, part_rows: int) -> list[slice]:
