@@ -235,6 +235,10 @@ def _vector_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> Any:
     return f"[&]() {{ {vector} out; {copied} return out; }}()"
 
 
+# Inductor looks up what runs on numbers, not vectors, by the name of what runs on vectors.
+_vector_bitcast.__name__ = "to_dtype_bitcast"
+
+
 def num_captured_graphs() -> int:
     """How many graphs Dynamo has captured so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
