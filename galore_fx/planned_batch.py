@@ -85,13 +85,17 @@ def _growth(shapes: Shapes, planned: Shapes) -> dict[int, int]:
 def _of_shapes(
     forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with tensors of other shapes, by argument, on the meta device."""
+    """The same call with tensors of other shapes, by argument, on the meta device; what was one tensor stays one."""
     bound = inspect.signature(forward).bind(None, *args, **kwargs)
+    made: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
     def resized(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or name not in shapes:
             return value
-        return torch.empty(shapes[name], dtype=value.dtype, device="meta")
+        key = (id(value), shapes[name])
+        if key not in made:
+            made[key] = torch.empty(shapes[name], dtype=value.dtype, device="meta")
+        return made[key]
 
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
