@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 VOCABULARY = 256
 
@@ -70,6 +71,15 @@ def train(model: nn.Module, ids: Sequence[Tensor]) -> None:
     for batch in ids:
         backward(model, batch)
         model.galore_fx.optimizer.step()
+
+
+def trainer(model: nn.Module, folder: Path, data: Sequence[Tensor], **settings: Any) -> Trainer:
+    """transformers' Trainer over a compiled model and its optimizer, on the CPU and quiet."""
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_grad_norm=0, use_cpu=True, report_to=[], disable_tqdm=True, **settings
+    )
+    rows = [{"input_ids": ids, "labels": ids} for ids in data]
+    return Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(model.galore_fx.optimizer, None))
 
 
 def straight_and_resumed(

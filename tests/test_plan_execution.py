@@ -19,7 +19,7 @@ from galore_fx.plan_record import Plan
 from galore_fx.planned_batch import PlannedBatch
 from galore_fx.policy_search import largest_peak
 from galore_fx.runtime import peak_watch
-from tests.models import adamw, backward, batches, largest_error, llama
+from tests.models import adamw, backward, batches, largest_error, llama, trainer
 
 IDS = batches(1, 8, 48)[0]
 SAMPLE = {"input_ids": IDS, "labels": IDS}
@@ -107,18 +107,8 @@ def test_a_new_argument_is_planned_at_the_size_of_the_sample(monkeypatch):
 
 def test_the_trainer_trains_within_a_budget_and_a_sample(tmp_path):
     model = galore_fx.compile(small(1), "1GB", sample=SAMPLE, micro_batches=2, **{**SETTLED, "update": "deferred"})
-    arguments = hf.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        max_grad_norm=0,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-    )
-    rows = [{"input_ids": ids, "labels": ids} for ids in batches(1, 32, 48)[0]]
-    hf.Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(model.galore_fx.optimizer, None)).train()
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    trainer(model, tmp_path, batches(1, 32, 48)[0], max_steps=2, **settings).train()
     assert model.galore_fx.stats()["num_updates"] == 2
 
 

@@ -7,7 +7,6 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-import transformers as hf
 from hypothesis import given, settings
 
 import galore_fx
@@ -18,7 +17,7 @@ from galore_fx.runtime.random_thresholds import UpdateKeys, key_of, random_bits
 from galore_fx.runtime.realised_movement import RealisedMovement
 from galore_fx.runtime.rounding import round_stochastically, round_to_bfloat16, rounded_as
 from galore_fx.runtime.subspace import ProjectedDim, back_projected_rows
-from tests.models import adamw, backward, batches, llama, straight_and_resumed, train
+from tests.models import adamw, backward, batches, llama, straight_and_resumed, train, trainer
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
 
@@ -297,17 +296,7 @@ def test_a_training_with_the_trainer_in_bfloat16_moves_its_weights(tmp_path):
     model = llama(1).to(torch.bfloat16)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     galore_fx.compile(model, rank=16, optimizer=adamw(lr=1e-5), max_grad_norm=1.0)
-    rows = [{"input_ids": ids, "labels": ids} for ids in batches(1, 8)[0]]
-    arguments = hf.TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        max_grad_norm=0,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        bf16=False,
-    )
-    hf.Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(model.galore_fx.optimizer, None)).train()
+    trainer(model, tmp_path, batches(1, 8)[0], max_steps=3).train()
     projected = model.galore_fx.stats()["projected"]
     assert projected and not any(torch.equal(model.get_parameter(name), start[name]) for name in projected)
     assert model.galore_fx.stats()["realised_movement"]["projected"] is not None

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 import galore_fx
+from tests import models
 from tests.models import adamw, batches, llama
 
 pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
@@ -13,20 +13,10 @@ pytestmark = pytest.mark.usefixtures("without_kernels")
 
 def trainer(folder, num_steps):
     model = galore_fx.compile(llama(1), optimizer=adamw(), rank=8, refresh_gap=2, max_grad_norm=1.0)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=num_steps,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        save_steps=2,
-        max_grad_norm=0,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        lr_scheduler_type="constant",
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2}
+    return models.trainer(
+        model, folder, torch.cat(batches(6)), max_steps=num_steps, lr_scheduler_type="constant", **settings
     )
-    data = [{"input_ids": ids, "labels": ids} for ids in torch.cat(batches(6))]
-    return Trainer(model=model, args=arguments, train_dataset=data, optimizers=(model.galore_fx.optimizer, None))
 
 
 def test_trainer_trains_and_resumes_bit_identically(tmp_path):

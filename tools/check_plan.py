@@ -218,6 +218,9 @@ Written by `python tools/check_plan.py` with torch {torch.__version__} on a CPU:
 update and refresh, persistent bytes included, the higher of a steady and a refreshing step. The budget is a fraction of
 the loose plan's peak; *chosen* is what the planner gave up to meet it.
 
+A plan is of the installed torch. In 2.11 AOTAutograd holds the gradient that enters a block until the block's backward
+ends, in 2.13 until its last use; a peak within a backward differs by this tensor.
+
 Worst error: float32 {worst["float32"]:.2%}, bfloat16 {worst["bfloat16"]:.2%}, over {len(counted)} steps.
 
 {table}
