@@ -6,9 +6,10 @@ loss.backward()
 model.galore_fx.optimizer.step()
 """
 
+from galore_fx.api import compile as compile
+from galore_fx.api import plan as plan
+from galore_fx.assembly.quantize_weights import plain_state_dict as plain_state_dict
 from galore_fx.backend import optimizer as optimizer
-from galore_fx.compilation import compile as compile
-from galore_fx.compilation import plan as plan
 from galore_fx.errors import BudgetError as BudgetError
 from galore_fx.errors import CaptureError as CaptureError
 from galore_fx.errors import GaloreFxError as GaloreFxError
@@ -19,6 +20,5 @@ from galore_fx.errors import UsageError as UsageError
 from galore_fx.explanation import Explanation as Explanation
 from galore_fx.explanation import explain as explain
 from galore_fx.plan_record import Plan as Plan
-from galore_fx.quantization import plain_state_dict as plain_state_dict
-from galore_fx.recipe import Recipe as Recipe
-from galore_fx.recipes import RECIPES as RECIPES
+from galore_fx.recipes.presets import RECIPES as RECIPES
+from galore_fx.recipes.recipe import Recipe as Recipe

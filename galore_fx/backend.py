@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from galore_fx.decisions import decide
+from galore_fx.assembly.assemble import assemble
+from galore_fx.assembly.compiled_model import Compiled
+from galore_fx.assembly.decisions import decide
+from galore_fx.assembly.reparametrize import normalized
+from galore_fx.assembly.request import Request
+from galore_fx.assembly.user_optimizer import OptimizerChoice
 from galore_fx.errors import ModelError, SettingError, UsageError
-from galore_fx.handle import Compiled
-from galore_fx.normalization import normalized
-from galore_fx.optimizer_build import build_optimizer
-from galore_fx.optimizer_choice import OptimizerChoice
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler, copy_graph
-from galore_fx.quantization import quantize_weights
-from galore_fx.request import Request
-from galore_fx.runtime.compatibility import (
+from galore_fx.recipes.parts import UNSET, parts_of
+from galore_fx.recipes.recipe import Recipe
+from galore_fx.runtime.torch_private import (
     WeakTensorKeyDictionary,
     backend_settings,
     compile_graph,
@@ -133,12 +134,12 @@ def optimizer(
                 "weight_norm needs galore_fx.compile: it exchanges layers of the model, which torch.compile has "
                 "looked at before"
             )
-        made = build_optimizer(inner, quantize_weights(inner, decide(inner, asked)), optimizer)
-    inner.galore_fx = Compiled(made.optimizer, made.plan, known.compiler, made.updates, None)
+        assembled = assemble(inner, decide(inner, asked), optimizer, known.compiler, None)
+    inner.galore_fx = Compiled(assembled)
     # torch's wrapper is a module of its own, with a zero_grad of its own.
     vars(model)["zero_grad"] = inner.zero_grad
     known.is_built = True
-    return made.optimizer
+    return assembled.optimizer
 
 
 def _one_graph_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,20 +148,13 @@ def _one_graph_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         SettingError: they ask for what one graph cannot do.
     """
-    settings = {"update": "deferred", "stagger": False, **options}
-    if settings["update"] != "deferred":
-        raise SettingError(
-            f"update={settings['update']!r} needs galore_fx.compile; the backend has one graph and defers the update"
-        )
-    if settings["stagger"]:
-        raise SettingError(
-            "stagger=True needs galore_fx.compile; with one graph each layer's turn to refresh would compile the whole "
-            "model again"
-        )
-    for part in ("refresh_limit", "refresh_limit_bytes", "refresh_limit_s"):
-        if settings.get(part) is not None:
+    only = {name: part.one_graph for name, part in parts_of(Recipe).items() if part.one_graph is not UNSET}
+    settings = {**only, **options}
+    for name, value in only.items():
+        if settings[name] != value:
             raise SettingError(
-                f"{part}={settings[part]!r} needs galore_fx.compile; with one graph all bases are renewed together"
+                f"{name}={settings[name]!r} needs galore_fx.compile; the backend has one graph, which defers the "
+                f"update and renews all bases together: use {name}={value!r}"
             )
     return settings
 

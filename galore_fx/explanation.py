@@ -5,29 +5,29 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import networkx
 import torch
 from tabulate import tabulate
 from torch import fx, nn
 
-from galore_fx.as_if_real import as_if_real
-from galore_fx.decisions import Decisions, decide
+from galore_fx.assembly.assemble import Forwards, assemble
+from galore_fx.assembly.compiled_model import Compiled
+from galore_fx.assembly.decisions import Decisions, decide
+from galore_fx.assembly.reparametrize import normalized
+from galore_fx.assembly.request import Request
+from galore_fx.assembly.user_optimizer import OptimizerChoice, for_a_copy
 from galore_fx.errors import ModelError, SettingError
-from galore_fx.fake_model import fake_batch, fake_copy, fake_mode
-from galore_fx.handle import Compiled
-from galore_fx.installation import install
-from galore_fx.normalization import normalized
-from galore_fx.optimizer_build import make_records, refresh_form
-from galore_fx.optimizer_choice import OptimizerChoice, for_a_copy
 from galore_fx.passes.model_graph.group_heads import HeadGroup
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
 from galore_fx.passes.model_graph.region_compiler import RegionCompiler
 from galore_fx.passes.pass_runner import PassRecord
 from galore_fx.plan_record import ParameterPlan, Plan
-from galore_fx.quantization import quantize_weights
-from galore_fx.recipe import Recipe
-from galore_fx.request import Request
-from galore_fx.runtime.compatibility import FakeTensorMode
-from galore_fx.sample import describe_sample
+from galore_fx.recipes.recipe import Recipe
+from galore_fx.runtime.torch_private import FakeTensorMode
+from galore_fx.simulation.fake_model import fake_batch, fake_copy, fake_mode
+from galore_fx.simulation.fake_run import as_if_real
+from galore_fx.simulation.sample import describe_sample
+from galore_fx.structure import structure_graph
 from galore_fx.units import format_bytes
 
 
@@ -53,12 +53,15 @@ class Explanation:
         graphs: what the passes did.
         uncompiled: blocks that cannot be captured as one graph, with the reason.
         heads: the attention heads that were found in projected weights, by the weight's name; one entry for each role.
+        graph: the model's structure and what becomes of each part (``structure.structure_graph``), to query, draw or
+            write: ``networkx.write_graphml(explanation.graph, "model.graphml")``.
     """
 
     plan: Plan
     graphs: tuple[GraphReport, ...]
     uncompiled: Mapping[str, str]
     heads: Mapping[str, tuple[HeadGroup, ...]]
+    graph: "networkx.DiGraph[str]"
 
     def __str__(self) -> str:
         parts = ["Graphs", _graph_table(self.graphs), "", "Parameters", _parameter_table(self.plan)]
@@ -97,7 +100,7 @@ def explain(
     if isinstance(compiled, Compiled):
         if overrides:
             raise SettingError(f"the model is compiled; {', '.join(overrides)} cannot be given anew")
-        recipe, optimizer = Recipe(**compiled.plan.recipe), compiled.optimizer_choice
+        recipe, optimizer = compiled.plan.recipe, compiled.optimizer_choice
     elif isinstance(optimizer, torch.optim.Optimizer):
         optimizer = for_a_copy(optimizer)
     mode = fake_mode()
@@ -107,15 +110,12 @@ def explain(
         if normalization is not None:
             normalization.keep()
     decisions = decide(fake, asked)
-    with mode:
-        decisions = quantize_weights(fake, decisions)
-        records, _ = make_records(decisions)
     regions, head = RegionCompiler(regions={}, finish=_leave), None if keep_logits else HeadCompiler()
-    blocks = install(fake, decisions.regions, regions, head, policy=decisions.plan.activation_policy, strict=False)
+    with mode:
+        assembled = assemble(fake, decisions, decisions.optimizer, regions, Forwards(head))
+    decisions, records = assembled.decisions, list(assembled.optimizer.records)
     for due in (False, True):
         for record in records:
-            if record.heads is None:
-                record.refresh_form = refresh_form(decisions.recipe)
             record.form = record.form_of(due=due)
         _forward(fake, sample, mode)
     head_passes = [passes for passes in head.pass_records if _changed(passes)] if head else []
@@ -125,7 +125,9 @@ def explain(
         *_optimizer_reports(decisions),
     ]
     heads = {name: groups for region in regions.regions for name, groups in regions.heads_of(region).items() if groups}
-    return Explanation(decisions.plan, tuple(graphs), blocks.failures, heads)
+    owners = {record.name: record.basis_owner.name for record in records if record.basis_owner is not None}
+    structure = structure_graph(type(model).__name__, decisions.plan, heads, owners)
+    return Explanation(decisions.plan, tuple(graphs), assembled.installed.failures, heads, structure)
 
 
 def _forward(fake: nn.Module, sample: object, mode: FakeTensorMode) -> None:

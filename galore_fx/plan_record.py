@@ -6,12 +6,11 @@ step: activations, the loss and passing workspaces are not in it, and it says so
 
 import dataclasses
 import json
-from typing import Any
 
 from tabulate import tabulate
 
 from galore_fx.errors import SettingError
-from galore_fx.recipe import Recipe
+from galore_fx.recipes.recipe import Recipe
 from galore_fx.units import format_bytes
 
 CATEGORIES = ("weights", "factors", "bases", "optimizer_state", "residuals", "gradients")
@@ -74,7 +73,7 @@ class Plan:
     """What a compiled model does with memory.
 
     Attributes:
-        recipe: the recipe's parts in force, by name.
+        recipe: the recipe in force.
         optimizer: name of the optimizer class.
         budget_bytes: the budget, None without one.
         regions: names of the modules that are compiled as one graph each.
@@ -93,7 +92,7 @@ class Plan:
         device: "cpu" or "cuda", for which the prediction is; None without one.
     """
 
-    recipe: dict[str, Any]
+    recipe: Recipe
     optimizer: str
     budget_bytes: int | None
     regions: tuple[str, ...]
@@ -128,7 +127,7 @@ class Plan:
         """Bytes by category, summed over the parameters; gradients as many as the update mode holds at once."""
         sizes = {name: sum(p.bytes[name] for p in self.parameters) for name in CATEGORIES}
         sizes["weights"] += self.fixed_bytes
-        if self.recipe["update"] == "in-backward":
+        if self.recipe.update == "in-backward":
             by_region: dict[object, int] = {}
             for p in self.parameters:
                 key = p.name if p.region is None else p.region
@@ -180,7 +179,7 @@ class Plan:
                 rows.append(("headroom", format_bytes(self.budget_bytes - self.peak_bytes)))
         num_projected = sum(p.rank is not None for p in self.parameters)
         title = (
-            f"recipe {self.recipe['name']}, {self.optimizer}, {self.recipe['update']} update: "
+            f"recipe {self.recipe.name}, {self.optimizer}, {self.recipe.update} update: "
             f"{num_projected} of {len(self.parameters)} parameters projected"
         )
         parts = [title, *(f"chosen for the budget: {choice}" for choice in self.chosen)]
@@ -216,7 +215,6 @@ class Plan:
         """
         try:
             data = json.loads(text)
-            Recipe(**data["recipe"])  # has the parts that a recipe has
             if len(data["activation_policy"]) != len(data["regions"]):
                 raise ValueError(
                     f"{len(data['activation_policy'])} shares of activations, {len(data['regions'])} blocks"
@@ -232,7 +230,7 @@ class Plan:
                     **{**prediction, "timeline": timeline, "uncaptured": tuple(prediction["uncaptured"])}
                 )
             return cls(
-                data["recipe"],
+                Recipe(**data["recipe"]),
                 data["optimizer"],
                 data["budget_bytes"],
                 tuple(data["regions"]),

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 import galore_fx
 from galore_fx.passes.optimizer_graph import compiled_update
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
-from galore_fx.runtime.blockwise import BLOCK, MIN_ELEMENTS, code_of_zero, decode, encode, stored_bytes
-from galore_fx.runtime.optimizer_state import SCALES, StateFormat
+from galore_fx.runtime.formats.blockwise import BLOCK, MIN_ELEMENTS, code_of_zero, decode, encode, stored_bytes
+from galore_fx.runtime.formats.state_format import SCALES, StateFormat
 from tests.models import adamw, backward, batches, llama
 
 

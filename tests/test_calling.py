@@ -9,7 +9,7 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import galore_fx
-from galore_fx.runtime.meter import count_memory
+from galore_fx.runtime.measure.meter import count_memory
 from tests.calls import Blocks, assert_same, causal, enable_checkpointing, pair, step_both
 from tests.models import adamw, assert_gradients_equal, backward, batches, llama
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import galore_fx
-from galore_fx.measurement import counted_peak
-from galore_fx.runtime.projected_parameter import GradientForm
-from galore_fx.runtime.sampled_heads import SampledHeads, basis_of_heads
-from galore_fx.runtime.sparse_residual import entries_of
-from galore_fx.runtime.subspace import ProjectedDim, exact_basis
+from galore_fx.planner.verify_peak import counted_peak
+from galore_fx.runtime.remainder.sparse import entries_of
+from galore_fx.runtime.subspace.bases import exact_basis
+from galore_fx.runtime.subspace.head_basis import SampledHeads, basis_of_heads
+from galore_fx.runtime.subspace.projected_parameter import GradientForm
+from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama, straight_and_resumed, train
 
 pytestmark = pytest.mark.usefixtures("without_kernels")

@@ -2,11 +2,14 @@
 
 import copy
 
+import networkx
 import pytest
 import torch
 from torch import nn
 
 import galore_fx
+from galore_fx.cli import explain as explain_command
+from galore_fx.cli.user_input import InputError
 from tests.models import adamw, backward, batches, llama
 
 
@@ -137,3 +140,37 @@ def test_quantised_tensors_are_explained(is_compiled):
     assert stored.count == 14 and stored.bytes_before == 4 * (elements + basis_elements)
     assert stored.bytes_after == elements + basis_elements // 2 + 3 * (elements + basis_elements) // 256
     assert steady["project_gradients"].effect.count == 7
+
+
+def test_the_structure_is_a_graph_of_blocks_parameters_and_heads(tmp_path):
+    plain = llama(2, tie_word_embeddings=True)
+    recipe = {"recipe": "galore+", "cross_head": "query-key-shared", "rank": 8}
+    explanation = galore_fx.explain(plain, sample(), **recipe)
+    graph = explanation.graph
+    blocks = [node for node, kind in graph.nodes(data="kind") if kind == "block"]
+    assert blocks == ["model.layers.0", "model.layers.1"] and set(graph["LlamaForCausalLM"]) >= set(blocks)
+    query, key = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
+    found = graph.nodes[query]
+    assert (found["kind"], found["shape"], found["treatment"], found["rank"]) == ("parameter", "64x64", "projected", 8)
+    assert graph.edges[key, query]["relation"] == "uses basis of"
+    heads = graph.nodes[f"{query}: query heads"]
+    assert (heads["number"], heads["size"]) == (4, 16)
+    assert graph.edges["model.embed_tokens.weight", "lm_head.weight"]["relation"] == "is also"
+    assert graph.nodes["model.norm.weight"]["treatment"] == "full rank"
+    sizes = [graph.nodes[node].get("bytes_weights", 0) for node in graph if node in (*blocks, "LlamaForCausalLM")]
+    assert sum(sizes) == explanation.plan.kept["weights"] - explanation.plan.fixed_bytes
+    networkx.write_graphml(graph, tmp_path / "model.graphml")
+    assert networkx.read_graphml(tmp_path / "model.graphml").nodes[query] == found
+
+
+def test_the_command_explains_and_writes_the_graph(tmp_path, capsys):
+    config = llama(1).config
+    config.architectures = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    file = tmp_path / "model.graphml"
+    sizes = ["--batch", "2", "--seq", "16", "--dtype", "float32", "--rank", "8"]
+    explain_command.main([str(tmp_path / "config.json"), *sizes, "--graph", str(file)])
+    assert "project_gradients" in capsys.readouterr().out
+    assert networkx.read_graphml(file).has_edge("LlamaForCausalLM", "model.layers.0")
+    with pytest.raises(InputError, match="--seq 65: the model has 64 positions"):
+        explain_command.main([str(tmp_path / "config.json"), "--seq", "65"])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import galore_fx
-from galore_fx.passes.memory_plan.plan_parameters import projected_dim
+from galore_fx.assembly.plan_parameters import projected_dim
 from galore_fx.units import format_bytes, parse_bytes
 from tests.models import adamw, batches, llama
 
@@ -200,7 +200,7 @@ def test_frozen_and_tied_weights_are_left_to_what_they_are():
 
 def test_which_dimension_shrinks():
     from galore_fx.passes.model_graph.find_regions import LinearWeight
-    from galore_fx.recipes import resolve_recipe
+    from galore_fx.recipes.presets import resolve_recipe
 
     def dim(shape, in_first, project):
         weight = LinearWeight("w", nn.Parameter(torch.zeros(shape)), in_first)

@@ -10,7 +10,7 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import galore_fx
-from galore_fx.passes.model_graph.linear_cross_entropy import linear_cross_entropy
+from galore_fx.runtime.layers.linear_cross_entropy import linear_cross_entropy
 from tests.calls import Blocks, assert_same, causal, enable_checkpointing, pair, step_both
 from tests.models import adamw, assert_gradients_equal, batches, llama
 

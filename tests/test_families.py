@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.model_families import FAMILIES, train_family
+from tools.lab.model_families import FAMILIES, train_family
 
 
 @pytest.mark.parametrize(

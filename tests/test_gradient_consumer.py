@@ -8,11 +8,12 @@ from torch import fx, nn
 
 import galore_fx
 from galore_fx.passes.model_graph.order_consumers import order_consumers
-from galore_fx.runtime import gradient_product
-from galore_fx.runtime.gradient_consumer import consume_gradient
-from galore_fx.runtime.gradient_product import GradientProduct
-from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
-from galore_fx.runtime.subspace import ProjectedDim, sketch_of
+from galore_fx.runtime.layers.gradient_consumer import consume_gradient
+from galore_fx.runtime.subspace import factored_gradient
+from galore_fx.runtime.subspace.bases import sketch_of
+from galore_fx.runtime.subspace.factored_gradient import GradientProduct
+from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama, train
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
@@ -47,7 +48,7 @@ def pair(make, **parts):
     ids=["inputs by outputs", "recomputed", "heads", "stored bases", "shared bases", "bfloat16"],
 )
 def test_factors_give_the_step_of_the_full_gradient(make, parts, monkeypatch):
-    monkeypatch.setattr(gradient_product, "PART_ELEMENTS", 64 * 48)  # several parts of each gradient
+    monkeypatch.setattr(factored_gradient, "PART_ELEMENTS", 64 * 48)  # several parts of each gradient
     consuming, forming = pair(make, **parts)
     is_half = next(consuming.parameters()).dtype is torch.bfloat16
     for batch in batches(4):
@@ -209,7 +210,7 @@ def test_the_sketch_from_factors_is_that_of_the_full_gradient(dim):
 
 @pytest.mark.parametrize("dim", list(ProjectedDim))
 def test_parts_of_a_gradient_make_up_the_whole(dim, monkeypatch):
-    monkeypatch.setattr(gradient_product, "PART_ELEMENTS", 1)
+    monkeypatch.setattr(factored_gradient, "PART_ELEMENTS", 1)
     product = GradientProduct(torch.randn(9, 150), torch.randn(9, 70))
     by_rows = dim is ProjectedDim.COLS
     expected = product.formed().square().sum(int(by_rows), keepdim=True)

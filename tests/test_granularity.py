@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import galore_fx
-from galore_fx.measurement import counted_peak
-from galore_fx.recipe import Recipe
-from galore_fx.runtime.moment_transfer import rotation_between
-from galore_fx.runtime.projected_linear import projected_gradient
-from galore_fx.runtime.subspace import ProjectedDim, add_back_projection_, project, random_basis
+from galore_fx.planner.verify_peak import counted_peak
+from galore_fx.recipes.recipe import Recipe
+from galore_fx.runtime.subspace.bases import random_basis
+from galore_fx.runtime.subspace.moment_transfer import rotation_between
+from galore_fx.runtime.subspace.projection import ProjectedDim, add_back_projection_, project, projected_gradient
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed
 from tests.references import PlainGaLore
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 import galore_fx
 from galore_fx.passes.model_graph.group_heads import group_heads
-from tools.model_families import _PLAIN, _SIZES, FAMILIES, Family, _causal
+from tools.lab.model_families import _PLAIN, _SIZES, FAMILIES, Family, _causal
 
 GROUPED = {**_SIZES, "num_key_value_heads": 2}
 MORE = {

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 
 from galore_fx.passes.optimizer_graph import round_weights
 from galore_fx.passes.optimizer_graph.round_weights import CompiledRounding
-from galore_fx.runtime.group_quantizer import (
+from galore_fx.runtime.formats.counter_rng import key_of, uniform_numbers
+from galore_fx.runtime.formats.groupwise import (
     GROUP,
     SCALE_DTYPE,
     add_and_round,
@@ -20,9 +21,8 @@ from galore_fx.runtime.group_quantizer import (
     stored_bytes,
     unpack,
 )
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from galore_fx.runtime.random_thresholds import key_of, uniform_numbers
-from galore_fx.runtime.subspace import ProjectedDim, back_projected_rows
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.subspace.projection import ProjectedDim, back_projected_rows
 
 ROUNDING = CompiledRounding()  # compiled once
 

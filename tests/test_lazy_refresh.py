@@ -6,9 +6,10 @@ import torch
 from hypothesis import given
 
 import galore_fx
-from galore_fx.runtime.refresh_schedule import FixedSchedule, LazyGaps, RefreshLimits, RefreshQueue
-from galore_fx.runtime.stability import first_vector_cosine, gradient_overlap, sketch_overlap
-from galore_fx.runtime.subspace import ProjectedDim, exact_basis, project, random_basis, sketch_of
+from galore_fx.runtime.subspace.bases import exact_basis, random_basis, sketch_of
+from galore_fx.runtime.subspace.projection import ProjectedDim, project
+from galore_fx.runtime.subspace.refresh_criteria import LazyGaps, first_vector_cosine, gradient_overlap, sketch_overlap
+from galore_fx.runtime.subspace.refresh_queue import FixedSchedule, RefreshLimits, RefreshQueue
 from tests.models import adamw, backward, batches, llama, straight_and_resumed
 
 pytestmark = pytest.mark.usefixtures("without_kernels")

@@ -9,10 +9,10 @@ from torch import fx
 from torch.nn import functional as F
 
 import galore_fx
-from galore_fx.passes.model_graph import linear_cross_entropy as fused_module
 from galore_fx.passes.model_graph.chunk_loss import chunk_loss
-from galore_fx.passes.model_graph.linear_cross_entropy import linear_cross_entropy
-from galore_fx.runtime.meter import count_memory
+from galore_fx.runtime.layers import linear_cross_entropy as fused_module
+from galore_fx.runtime.layers.linear_cross_entropy import linear_cross_entropy
+from galore_fx.runtime.measure.meter import count_memory
 from tests.models import VOCABULARY, adamw, backward, batches, gpt2, llama
 
 TOKENS, HIDDEN, CLASSES = 37, 12, 50

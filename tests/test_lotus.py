@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import galore_fx
-from galore_fx.runtime.displacement import Displacement
-from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshLimits, RefreshQueue
+from galore_fx.runtime.subspace.refresh_criteria import Displacement
+from galore_fx.runtime.subspace.refresh_queue import FixedSchedule, RefreshLimits, RefreshQueue
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed
 from tests.references import PlainLotus
 

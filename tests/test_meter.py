@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from galore_fx.runtime.meter import count_memory, memory_timeline, tensor_bytes
+from galore_fx.runtime.measure.meter import count_memory, memory_timeline, tensor_bytes
 
 CPU = torch.device("cpu")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import galore_fx
-from galore_fx.runtime.moment_transfer import rotate_moments
-from galore_fx.runtime.optimizer_state import StateFormat
-from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.formats.state_format import StateFormat
+from galore_fx.runtime.subspace.moment_transfer import rotate_moments
+from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import adamw, backward, batches, llama
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
@@ -60,7 +60,7 @@ def test_rotated_there_and_back_the_first_moment_is_the_same_and_8_bits_are_near
         state = _state(shape, layout)
         first = torch.randn(shape)
         if bits == 8:
-            from galore_fx.runtime.moment_transfer import _read, _write
+            from galore_fx.runtime.subspace.moment_transfer import _read, _write
 
             _write(state, "exp_avg", first, layout)
             first = _read(state, "exp_avg", shape, layout)
@@ -68,7 +68,7 @@ def test_rotated_there_and_back_the_first_moment_is_the_same_and_8_bits_are_near
             state["exp_avg"].copy_(first)
         for each in (rotation, rotation.T):
             rotate_moments(state, each, ProjectedDim.COLS, shape, GROUP, layout)
-        from galore_fx.runtime.moment_transfer import _read
+        from galore_fx.runtime.subspace.moment_transfer import _read
 
         assert float((_read(state, "exp_avg", shape, layout) - first).norm() / first.norm()) < tolerance
 

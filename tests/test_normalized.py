@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import galore_fx
-from galore_fx.measurement import counted_peak, kept_bytes
-from galore_fx.runtime.normalized_linear import NormalizedLinear, normalize
+from galore_fx.planner.verify_peak import counted_peak, kept_bytes
+from galore_fx.runtime.layers.normalized_linear import NormalizedLinear, normalize
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama, straight_and_resumed
 from tests.references import PlainNormalized
 from tests.test_projected_backward import graphs, weight_sized_values  # noqa: F401 - a fixture

@@ -17,8 +17,9 @@ from galore_fx.passes.optimizer_graph.trace_step import (
     trace_step,
 )
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
-from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.subspace import ProjectedDim, random_basis
+from galore_fx.runtime.subspace.bases import random_basis
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
+from galore_fx.runtime.subspace.projection import ProjectedDim
 
 
 def _trace(optimizer_class, *, first=False, **settings):

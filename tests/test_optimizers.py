@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 import galore_fx
 from galore_fx.errors import OptimizerError
 from galore_fx.passes.optimizer_graph.update_compiler import UpdateCompiler
-from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.subspace import ProjectedDim, random_basis
+from galore_fx.runtime.subspace.bases import random_basis
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
+from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import backward, batches, largest_error, llama
 
 # The references: (step t from 1, state s, gradient g, settings h) -> the update in the subspace, float64.

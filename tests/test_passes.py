@@ -15,9 +15,10 @@ from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, pro
 from galore_fx.passes.model_graph.region_compiler import copy_graph
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import run_passes
-from galore_fx.runtime.projected_linear import ProjectedLinear, projected_gradient, sketch
-from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
-from galore_fx.runtime.subspace import ProjectedDim, project, random_basis
+from galore_fx.runtime.layers.projected_linear import ProjectedLinear
+from galore_fx.runtime.subspace.bases import random_basis, sketch
+from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace.projection import ProjectedDim, project, projected_gradient
 from tests.models import gpt2, llama
 
 

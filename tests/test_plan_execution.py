@@ -13,12 +13,12 @@ import torch
 import transformers as hf
 
 import galore_fx
-from galore_fx import choice, measurement, policy_search
-from galore_fx.measurement import counted_peak, kept_bytes
 from galore_fx.plan_record import Plan
-from galore_fx.planned_batch import PlannedBatch
-from galore_fx.policy_search import largest_peak
-from galore_fx.runtime import peak_watch
+from galore_fx.planner import activation_search, budget_search, verify_peak
+from galore_fx.planner.activation_search import largest_peak
+from galore_fx.planner.batch_guard import PlannedBatch
+from galore_fx.planner.verify_peak import counted_peak, kept_bytes
+from galore_fx.runtime.measure import peak_watch
 from tests.models import adamw, backward, batches, largest_error, llama, trainer
 
 IDS = batches(1, 8, 48)[0]
@@ -45,7 +45,7 @@ def losses(model):
 @pytest.fixture
 def two_shares(monkeypatch):
     """Keep all or the least: what is chosen among is not the subject here, and each share is another lowering."""
-    for module in (choice, policy_search):
+    for module in (budget_search, activation_search):
         monkeypatch.setattr(module, "ACTIVATION_BUDGETS", (1.0, 0.0))
 
 
@@ -119,7 +119,7 @@ def test_without_a_sample_the_first_batch_is_planned_before_it_runs():
     assert model.galore_fx.plan.prediction is None
     model(input_ids=IDS, labels=IDS).loss.backward()
     plan = model.galore_fx.plan
-    assert plan.fits and min(plan.activation_policy) < 1.0 and plan.recipe["rank"] == 8
+    assert plan.fits and min(plan.activation_policy) < 1.0 and plan.recipe.rank == 8
     assert counted_peak(model, SAMPLE) == pytest.approx(plan.peak_bytes, abs=64)
     larger = batches(1, 8, 49)[0]
     with pytest.raises(galore_fx.UsageError, match="was .8, 48. in the sample"):
@@ -138,7 +138,7 @@ def test_the_first_batch_decides_how_many_blocks_refresh_at_once():
     for _ in range(2):
         backward(model, ids)
         model.galore_fx.optimizer.step()
-    assert model.galore_fx.plan.recipe["refresh_limit"] == 1
+    assert model.galore_fx.plan.recipe.refresh_limit == 1
     assert model.galore_fx.stats()["num_refreshes"] == 2 * 7, "one block of three in each update"
 
 
@@ -251,7 +251,7 @@ def test_a_step_that_exceeds_its_plan_is_warned_of_with_the_category(excess, rec
 
 def test_the_peak_is_watched_on_a_gpu_only():
     model = galore_fx.compile(small(), "1GB", sample=SAMPLE, **SETTLED)
-    assert measurement.watch_peak(model, model.galore_fx.optimizer, model.galore_fx.plan) is None
+    assert verify_peak.watch_peak(model, model.galore_fx.optimizer, model.galore_fx.plan) is None
 
 
 _PLAN_AND_TRAIN = """

@@ -1,20 +1,16 @@
-"""tools/plan.py: a table, JSON and a picture for a model nobody has, and clear errors."""
+"""``galore-fx plan``: a table, JSON and a picture for a model nobody has, and clear errors."""
 
 import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import galore_fx
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-plan_tool = pytest.importorskip("plan", reason="tools/ is not beside the tests")
-preset_models = pytest.importorskip("preset_models", reason="tools/ is not beside the tests")
-compare_plans = pytest.importorskip("compare_plans", reason="tools/ is not beside the tests")
+from galore_fx.cli import compare_plans, described_model, preset_models
+from galore_fx.cli import plan as plan_tool
 
 SMALL = {
     "model_type": "llama",
@@ -43,8 +39,8 @@ def test_a_config_file_is_planned_without_weights(config, tmp_path, capsys):
     plan = galore_fx.Plan.from_json(file.read_text())
     assert (
         plan.fits
-        and plan.recipe["rank"] == 8
-        and plan.recipe["state_bits"] == 8
+        and plan.recipe.rank == 8
+        and plan.recipe.state_bits == 8
         and plan.categories["weights"] > 4 * 300 * 64
     )
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
@@ -150,11 +146,11 @@ _DECODER = {
 def test_presets_take_what_the_models_of_transformers_take(size, config, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    make_theirs, _, classifies = plan_tool._config(str(path))
+    make_theirs, _, classifies = described_model._config(str(path))
     ids = torch.empty((4, 64), dtype=torch.int64, device="meta")
     sample = {"input_ids": ids, "labels": ids[:, 0] if classifies else ids}
     ours, theirs = (
-        galore_fx.plan(plan_tool._without_memory(make, "float32"), sample=sample, rank=8).phases
+        galore_fx.plan(described_model._without_memory(make, "float32"), sample=sample, rank=8).phases
         for make in (lambda: preset_models.build(size), make_theirs)
     )
     # In a steady forward the classifiers of transformers hold one hidden state more.
@@ -163,9 +159,11 @@ def test_presets_take_what_the_models_of_transformers_take(size, config, tmp_pat
 
 
 def test_a_preset_is_planned_without_the_code_of_transformers(tmp_path):
-    code = "import sys, plan; plan.main(['llama-60m', '--seq', '64']); print('transformers' in sys.modules)"
-    tools = Path(plan_tool.__file__).parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=tools, capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from galore_fx.cli import plan; plan.main(['llama-60m', '--seq', '64']); "
+        "print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
 
 
@@ -181,8 +179,8 @@ def test_ways_of_training_stand_side_by_side(config, capsys):
 def test_gradnormlorp_keeps_a_tenth_of_adamws_optimizer_memory():
     """The published 89.5 % and more, in states and bases, against states in float32; from shapes alone."""
     for name, freeze, most in (("llama-7b", False, -0.97), ("roberta-base", True, -0.91)):
-        make, _, _ = plan_tool._preset(name)
-        make_model = functools.partial(plan_tool._without_memory, make, "bfloat16", freeze)
+        make, _, _ = described_model._preset(name)
+        make_model = functools.partial(described_model._without_memory, make, "bfloat16", freeze)
         plan = galore_fx.plan(make_model(), recipe="gradnormlorp", rank=128, state_bits=8)
         rows = compare_plans.optimizer_memory(make_model, plan).splitlines()
         share = next(row for row in rows if row.startswith("chosen")).split()[8]

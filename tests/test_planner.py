@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 import galore_fx
-from galore_fx import Recipe, choice
-from galore_fx.decisions import decide
-from galore_fx.measurement import counted_peak, persistent_bytes
-from galore_fx.policy_search import CUDA_CONTEXT_BYTES, deciding
-from galore_fx.request import Request
-from galore_fx.runtime.meter import count_memory
-from galore_fx.simulation import StepSimulator
+from galore_fx import Recipe
+from galore_fx.assembly.decisions import decide
+from galore_fx.assembly.request import Request
+from galore_fx.planner import budget_search
+from galore_fx.planner.activation_search import CUDA_CONTEXT_BYTES, deciding
+from galore_fx.planner.verify_peak import counted_peak, persistent_bytes
+from galore_fx.runtime.measure.meter import count_memory
+from galore_fx.simulation.simulator import StepSimulator
 from tests.models import adamw, batches, largest_error, llama
 
 IDS = batches(1, 8, 48)[0]
@@ -58,7 +59,7 @@ def test_bfloat16_is_predicted_within_two_percent():
 def candidates(**settings):
     recipe = settings.pop("recipe", "auto")
     request = Request(recipe=recipe, optimizer=adamw(), overrides=settings)
-    levels = choice._levels(decide(small(1), request), request)
+    levels = budget_search._levels(decide(small(1), request), request)
     return [(each.request.recipe, dict(each.request.overrides)) for level in levels for each in level]
 
 
@@ -118,8 +119,8 @@ def test_refreshes_are_spread_before_the_rank_is_lowered():
     }
     peaks = [galore_fx.plan(small(5), refresh_limit=limit, **wanted).peak_bytes for limit in (2, 1)]
     plan = galore_fx.plan(small(5), budget=peaks[0], **wanted)
-    assert plan.recipe["refresh_limit"] == 2 and plan.within_budget and "at most 2 blocks" in plan.table()
-    assert galore_fx.plan(small(5), budget=peaks[0] - 1, **wanted).recipe["refresh_limit"] == 1
+    assert plan.recipe.refresh_limit == 2 and plan.within_budget and "at most 2 blocks" in plan.table()
+    assert galore_fx.plan(small(5), budget=peaks[0] - 1, **wanted).recipe.refresh_limit == 1
     with pytest.raises(galore_fx.SettingError, match="refresh_limit=1 with refresh_gap=3: the 5 blocks take 5 updates"):
         galore_fx.plan(small(5), refresh_limit=1, refresh_gap=3)
 
@@ -156,7 +157,7 @@ def test_micro_batches_are_planned_with_the_gradients_that_live_on():
 def test_a_recipe_object_is_taken_as_it_is():
     recipe = galore_fx.Recipe("auto", rank=4, activation_budget=0.2)
     plan = galore_fx.plan(small(1), "500KB", sample=SAMPLE, recipe=recipe, optimizer=adamw())
-    assert plan.fits is False and plan.recipe["rank"] == 4 and plan.recipe["activation_budget"] == 0.2
+    assert plan.fits is False and plan.recipe.rank == 4 and plan.recipe.activation_budget == 0.2
 
 
 def test_a_plan_survives_json_and_is_shown():

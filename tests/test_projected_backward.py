@@ -13,8 +13,8 @@ from torch._inductor.compile_fx import compile_fx
 import galore_fx
 from galore_fx.passes.model_graph import region_compiler
 from galore_fx.passes.model_graph.order_consumers import order_consumers
-from galore_fx.runtime.gradient_consumer import consume_gradient
-from galore_fx.runtime.projected_parameter import GradientForm
+from galore_fx.runtime.layers.gradient_consumer import consume_gradient
+from galore_fx.runtime.subspace.projected_parameter import GradientForm
 from tests.models import adamw, backward, batches, llama
 
 # Tokens 21; weights (64, 64), (32, 64), (176, 64), (64, 176): no dimension of a value is another's by accident.

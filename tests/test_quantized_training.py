@@ -8,12 +8,12 @@ import torch
 import transformers as hf
 
 import galore_fx
-from galore_fx.measurement import counted_peak
 from galore_fx.passes.model_graph import dequantize_inputs
-from galore_fx.runtime.group_quantizer import stored_bytes
-from galore_fx.runtime.optimizer_state import SCALES
-from galore_fx.runtime.projected_parameter import GradientForm
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
+from galore_fx.planner.verify_peak import counted_peak
+from galore_fx.runtime.formats.groupwise import stored_bytes
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.formats.state_format import SCALES
+from galore_fx.runtime.subspace.projected_parameter import GradientForm
 from tests.models import adamw, assert_gradients_equal, backward, batches, gpt2, largest_error, llama
 
 pytestmark = pytest.mark.usefixtures("without_kernels")

@@ -6,11 +6,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import galore_fx
-from galore_fx.measurement import counted_peak
-from galore_fx.passes.memory_plan.refresh_cost import refresh_costs
+from galore_fx.assembly.refresh_cost import refresh_costs
 from galore_fx.passes.model_graph.find_regions import find_regions
-from galore_fx.recipe import Recipe
-from galore_fx.runtime.refresh_schedule import FixedSchedule, RefreshCost, RefreshLimits, RefreshQueue
+from galore_fx.planner.verify_peak import counted_peak
+from galore_fx.runtime.subspace.refresh_queue import FixedSchedule, RefreshCost, RefreshLimits, RefreshQueue
 from tests.calls import Blocks
 from tests.models import adamw, batches, llama
 
@@ -147,7 +146,7 @@ def test_bytes_limit_what_refreshes_and_no_step_exceeds_the_plan():
     sample = {"input_ids": ids, "labels": ids}
     wanted = {"recipe": "galore", "optimizer": adamw(), "sample": sample, "refresh_gap": 10}
     loose = galore_fx.plan(llama(3), **wanted)
-    costs = refresh_costs(find_regions(llama(3)), loose.parameters, Recipe(**loose.recipe))
+    costs = refresh_costs(find_regions(llama(3)), loose.parameters, loose.recipe)
     tight = galore_fx.plan(llama(3), refresh_limit_bytes=2 * costs[0].num_bytes, **wanted)
     assert tight.peak_bytes < loose.peak_bytes
     model = galore_fx.compile(llama(3), plan=tight, optimizer=adamw())

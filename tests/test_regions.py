@@ -14,7 +14,7 @@ from torch import nn
 
 import galore_fx
 from galore_fx.passes.model_graph.find_regions import find_regions
-from galore_fx.runtime.dispatch import CompiledForward
+from galore_fx.runtime.dispatch.forwards import CompiledForward
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 
 import galore_fx
 from galore_fx.passes.optimizer_graph.round_weights import CompiledRounding
-from galore_fx.runtime.normalized_linear import NormalizedLinear
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from galore_fx.runtime.random_thresholds import UpdateKeys, key_of, random_bits
-from galore_fx.runtime.realised_movement import RealisedMovement
-from galore_fx.runtime.rounding import round_stochastically, round_to_bfloat16, rounded_as
-from galore_fx.runtime.subspace import ProjectedDim, back_projected_rows
+from galore_fx.runtime.formats.counter_rng import UpdateKeys, key_of, random_bits
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.formats.rounding import round_stochastically, round_to_bfloat16, rounded_as
+from galore_fx.runtime.layers.normalized_linear import NormalizedLinear
+from galore_fx.runtime.step.realised_movement import RealisedMovement
+from galore_fx.runtime.subspace.projection import ProjectedDim, back_projected_rows
 from tests.models import adamw, backward, batches, llama, straight_and_resumed, train, trainer
 
 pytestmark = pytest.mark.usefixtures("without_kernels")

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import galore_fx
-from galore_fx.measurement import counted_peak, kept_bytes
-from galore_fx.runtime.gradient_product import GradientProduct
-from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.scaled_residual import complement_of
-from galore_fx.runtime.subspace import ProjectedDim, add_back_projection_, random_basis
+from galore_fx.planner.verify_peak import counted_peak, kept_bytes
+from galore_fx.runtime.remainder.scaled import complement_of
+from galore_fx.runtime.subspace.bases import random_basis
+from galore_fx.runtime.subspace.factored_gradient import GradientProduct
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
+from galore_fx.runtime.subspace.projection import ProjectedDim, add_back_projection_
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed, train
 from tests.references import PlainFira
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import galore_fx
-from galore_fx.measurement import counted_peak
-from galore_fx.policy_search import deciding
-from galore_fx.request import Request
-from galore_fx.simulation import StepSimulator
+from galore_fx.assembly.request import Request
+from galore_fx.planner.activation_search import deciding
+from galore_fx.planner.verify_peak import counted_peak
+from galore_fx.simulation.simulator import StepSimulator
 from tests.calls import Blocks
 from tests.models import adamw
 

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import galore_fx
-from galore_fx.measurement import counted_peak, kept_bytes
-from galore_fx.runtime import sparse_residual
-from galore_fx.runtime.sparse_residual import (
+from galore_fx.planner.verify_peak import counted_peak, kept_bytes
+from galore_fx.runtime.remainder import sparse
+from galore_fx.runtime.remainder.sparse import (
     SparseResidual,
     add_at_,
     back_projection_at,
@@ -20,7 +20,7 @@ from galore_fx.runtime.sparse_residual import (
     gradient_at,
     set_at_,
 )
-from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import adamw, backward, batches, largest_error, llama
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
@@ -36,7 +36,7 @@ def _columns(num_blocks, n, k):
 
 def _rows(columns, num_rows):
     """The columns of each row, as a block is defined."""
-    block = sparse_residual.BLOCK_ROWS
+    block = sparse.BLOCK_ROWS
     return torch.stack([columns[row // block] for row in range(num_rows)]).long()
 
 
@@ -45,8 +45,8 @@ def _rows(columns, num_rows):
 def test_entries_of_the_gradient_and_of_a_back_projection(t, m, n, data, block, part):
     k = data.draw(st.integers(1, n))
     r = data.draw(st.integers(1, min(m, n)))
-    before = sparse_residual.BLOCK_ROWS, sparse_residual.PART_ELEMENTS
-    sparse_residual.BLOCK_ROWS, sparse_residual.PART_ELEMENTS = block, part
+    before = sparse.BLOCK_ROWS, sparse.PART_ELEMENTS
+    sparse.BLOCK_ROWS, sparse.PART_ELEMENTS = block, part
     try:
         rows, cols, columns = torch.randn(t, m).double(), torch.randn(t, n).double(), _columns(-(-m // block), n, k)
         at = _rows(columns, m)
@@ -63,7 +63,7 @@ def test_entries_of_the_gradient_and_of_a_back_projection(t, m, n, data, block, 
         set_at_(changed, columns, values)
         assert torch.equal(entries_of(changed, columns), values)
     finally:
-        sparse_residual.BLOCK_ROWS, sparse_residual.PART_ELEMENTS = before
+        sparse.BLOCK_ROWS, sparse.PART_ELEMENTS = before
 
 
 def test_the_warm_up_finds_the_largest_errors_and_never_a_column_twice():

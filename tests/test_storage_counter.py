@@ -2,10 +2,10 @@
 
 import torch
 
-from galore_fx.as_if_real import as_if_real
-from galore_fx.fake_model import fake_mode
 from galore_fx.passes.memory_plan.kernel_scratch import kernel_scratch_bytes
 from galore_fx.passes.memory_plan.storage_counter import StorageCounter
+from galore_fx.simulation.fake_model import fake_mode
+from galore_fx.simulation.fake_run import as_if_real
 
 
 def peak(moments):
@@ -63,7 +63,7 @@ def _gradients_of_a_weight_used_twice(counter, keep):
 
 
 def test_two_gradients_that_only_the_engine_holds_are_added_in_place():
-    """As in a real run, where the third tensor is never made (counted by the profiler in tools/check_plan.py)."""
+    """As in a real run, where the third tensor is never made (counted by the profiler in tools.lab.plan_accuracy)."""
     for learn, keep, tensors in ((True, None, 2), (True, [], 3), (False, None, 3)):
         with fake_mode(), as_if_real(), StorageCounter() as counter:
             if learn:

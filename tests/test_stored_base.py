@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import galore_fx
-from galore_fx.runtime.group_quantizer import stored_bytes
-from galore_fx.runtime.normalized_linear import NormalizedLinear
-from galore_fx.runtime.quantized_tensor import QuantizedTensor, stored_tensors
+from galore_fx.runtime.formats.groupwise import stored_bytes
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor, stored_tensors
+from galore_fx.runtime.layers.normalized_linear import NormalizedLinear
 from tests.models import adamw, backward, batches, gpt2, llama, straight_and_resumed, train
 
 pytestmark = pytest.mark.usefixtures("without_kernels")

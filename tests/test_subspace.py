@@ -3,19 +3,17 @@
 import pytest
 import torch
 
-from galore_fx.runtime import subspace
-from galore_fx.runtime.subspace import (
+from galore_fx.runtime.subspace import bases
+from galore_fx.runtime.subspace.bases import (
     ORTHONORMAL_TOLERANCE,
-    ProjectedDim,
-    add_back_projection_,
     balanced,
     exact_basis,
     leading_columns,
     orthonormalize,
-    project,
     random_basis,
     sketch_of,
 )
+from galore_fx.runtime.subspace.projection import ProjectedDim, add_back_projection_, project
 
 SHAPES = [(48, 32), (32, 48), (32, 32), (5, 123)]
 
@@ -143,7 +141,7 @@ def test_sketches_in_bfloat16_find_weak_directions(monkeypatch, dim):
         return float((basis.float().T @ exact).square().sum() / 8)
 
     assert overlap() > 0.99
-    monkeypatch.setattr(subspace, "balanced", lambda projected, _dim: projected)
+    monkeypatch.setattr(bases, "balanced", lambda projected, _dim: projected)
     assert overlap() < 0.9
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import galore_fx
-from galore_fx.runtime.subspace import leading_columns, orthonormalize, sketch_of
+from galore_fx.runtime.subspace.bases import leading_columns, orthonormalize, sketch_of
 from tests.models import adamw, backward, batches, largest_error, llama, straight_and_resumed, train
 from tests.references import PlainGaLore
 

@@ -4,7 +4,7 @@ import torch
 
 from galore_fx.passes.memory_plan.fake_inductor import lowering_only
 from galore_fx.passes.memory_plan.storage_counter import StorageCounter
-from galore_fx.runtime.compatibility import FakeTensorMode
+from galore_fx.runtime.torch_private import FakeTensorMode
 
 
 def _fused_calls(function, *inputs, for_cuda):

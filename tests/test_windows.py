@@ -7,7 +7,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import galore_fx
-from galore_fx.runtime.subspace import orthonormalize, project
+from galore_fx.runtime.subspace.bases import orthonormalize
+from galore_fx.runtime.subspace.projection import project
 from tests.models import adamw, backward, batches, largest_error, llama, train
 
 RANK = 8

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from galore_fx.passes.memory_plan.storage_counter import Moment, StorageCounter
-from galore_fx.runtime.compatibility import in_backward, tree_leaves
+from galore_fx.runtime.torch_private import in_backward, tree_leaves
 
 
 @dataclasses.dataclass

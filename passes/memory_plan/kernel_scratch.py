@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_fx.runtime.compatibility import outside_all_modes, tree_map
-from galore_fx.runtime.meter import memory_timeline
+from galore_fx.runtime.measure.meter import memory_timeline
+from galore_fx.runtime.torch_private import outside_all_modes, tree_map
 
 # Operands above this are not made to measure; such a kernel's scratch is then unknown and counts as none.
 LARGEST_OPERANDS_BYTES = 2**30

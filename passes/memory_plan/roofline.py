@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from galore_fx.runtime.compatibility import outside_all_modes, tree_leaves
+from galore_fx.runtime.torch_private import outside_all_modes, tree_leaves
 
 _MADE_NOT_FILLED = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
 _LOGGER = logging.getLogger(__name__)

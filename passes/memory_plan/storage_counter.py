@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from galore_fx.runtime.compatibility import (
+from galore_fx.runtime.torch_private import (
     FakeTensor,
     TorchDispatchMode,
     storage_use_count,

@@ -18,9 +18,9 @@ import torch
 from torch import fx
 
 from galore_fx.passes.model_graph.find_linears import find_linears
-from galore_fx.passes.model_graph.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
 from galore_fx.passes.pass_runner import Effect, note_effect
-from galore_fx.runtime.projected_linear import WeightLayout
+from galore_fx.runtime.layers.linear_cross_entropy import CHUNK_BYTES, linear_cross_entropy
+from galore_fx.runtime.layers.projected_linear import WeightLayout
 
 _SIGNATURE = inspect.signature(torch.nn.functional.cross_entropy)
 _PLAIN_SETTINGS = {"weight": None, "size_average": None, "reduce": None, "label_smoothing": 0.0}

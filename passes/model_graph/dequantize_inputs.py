@@ -24,8 +24,8 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from galore_fx.passes.pass_runner import Effect, note_effect
-from galore_fx.runtime.group_quantizer import dequantize
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.formats.groupwise import dequantize
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
 
 # The partitioner saves what a later checkpoint reads of an earlier one; these belong to none.
 _NO_CHECKPOINT = -1

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from galore_fx.runtime.compatibility import F_LINEAR
-from galore_fx.runtime.projected_linear import WeightLayout
+from galore_fx.runtime.layers.projected_linear import WeightLayout
+from galore_fx.runtime.torch_private import F_LINEAR
 
 _ATTENTION = torch.nn.functional.multi_head_attention_forward
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj_weight")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from galore_fx.errors import ModelError
-from galore_fx.runtime.normalized_linear import FACTORS, NormalizedLinear
+from galore_fx.runtime.layers.normalized_linear import FACTORS, NormalizedLinear
 
 _ATTENTION_KEYS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from galore_fx.passes.model_graph.find_regions import find_regions
-from galore_fx.runtime.normalized_linear import TRAINED, NormalizedLinear, normalize, restore
+from galore_fx.runtime.layers.normalized_linear import TRAINED, NormalizedLinear, normalize, restore
 
 _SEED = 0
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from galore_fx.runtime.compatibility import compile_graph
-from galore_fx.runtime.gradient_consumer import consume_gradient
-from galore_fx.runtime.projected_linear import projected_linear
+from galore_fx.runtime.layers.gradient_consumer import consume_gradient
+from galore_fx.runtime.layers.projected_linear import projected_linear
+from galore_fx.runtime.torch_private import compile_graph
 
 _NUM_LEADING = 4  # rows, cols, weight, leaf
 _INLINED = (

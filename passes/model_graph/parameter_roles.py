@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from galore_fx.passes.model_graph.find_regions import Region
-from galore_fx.runtime.normalized_linear import FACTORS, TRAINED, NormalizedLinear
+from galore_fx.runtime.layers.normalized_linear import FACTORS, TRAINED, NormalizedLinear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,9 +25,9 @@ from galore_fx.passes.model_graph.find_linears import (
     read_product,
 )
 from galore_fx.passes.pass_runner import Effect, note_effect
-from galore_fx.runtime.projected_attention import projected_attention
-from galore_fx.runtime.projected_linear import projected_linear
-from galore_fx.runtime.subspace import ProjectedDim
+from galore_fx.runtime.layers.projected_attention import projected_attention
+from galore_fx.runtime.layers.projected_linear import projected_linear
+from galore_fx.runtime.subspace.projection import ProjectedDim
 
 _KEPT_META = ("example_value", "nn_module_stack", "stack_trace", "recompute", "ac_graph_id")
 

@@ -28,15 +28,15 @@ from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, pro
 from galore_fx.passes.model_graph.share_bases import owner_place, share_bases, weight_inputs
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
-from galore_fx.runtime.compatibility import (
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor, gradient_leaf
+from galore_fx.runtime.subspace.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
+from galore_fx.runtime.torch_private import (
     FakeTensorMode,
     compiler_settings,
     current_tracing_context,
     saves_elsewhere,
     tracing,
 )
-from galore_fx.runtime.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
-from galore_fx.runtime.quantized_tensor import QuantizedTensor, gradient_leaf
 
 Regions = dict[tuple[object, ...], "CapturedRegion"]
 FinishGraph = Callable[[fx.GraphModule, Sequence[object], float], Callable[..., Any]]

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor
 
 from galore_fx.passes.model_graph.group_heads import HeadGroup
-from galore_fx.runtime.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
 
 Records = Mapping[int, ProjectedParameter | None]
 

@@ -5,7 +5,7 @@
     body(E, states')        ->  L'      W[entries] += L'                    additive
 
 The body is elementwise, so entries go through it as coordinates do. ``E = G - back_project(R)`` at the entries is made
-before the step (runtime/sparse_residual.py).
+before the step (runtime/remainder/sparse.py).
 """
 
 import dataclasses
@@ -13,8 +13,7 @@ import dataclasses
 from torch import Tensor
 
 from galore_fx.passes.optimizer_graph.compiled_update import CompiledUpdate
-from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.sparse_residual import (
+from galore_fx.runtime.remainder.sparse import (
     add_at_,
     add_in_rows_,
     back_projection_at,
@@ -22,7 +21,8 @@ from galore_fx.runtime.sparse_residual import (
     set_at_,
     set_in_rows_,
 )
-from galore_fx.runtime.subspace import project
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
+from galore_fx.runtime.subspace.projection import project
 
 
 @dataclasses.dataclass

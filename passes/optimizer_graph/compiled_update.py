@@ -23,15 +23,15 @@ from galore_fx.passes.optimizer_graph.round_weights import (
     wide_rows,
 )
 from galore_fx.passes.optimizer_graph.trace_step import TracedStep
-from galore_fx.runtime.blockwise import BLOCK
-from galore_fx.runtime.compatibility import compile_for_any_length
-from galore_fx.runtime.optimizer_state import SCALES
-from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from galore_fx.runtime.realised_movement import SAMPLE_ELEMENTS, MovementProbe
-from galore_fx.runtime.repetition import alike
-from galore_fx.runtime.scaled_residual import Complement
-from galore_fx.runtime.subspace import ProjectedDim, add_back_projection_, back_projected_rows
+from galore_fx.runtime.formats.blockwise import BLOCK
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.formats.state_format import SCALES
+from galore_fx.runtime.remainder.scaled import Complement
+from galore_fx.runtime.step.realised_movement import SAMPLE_ELEMENTS, MovementProbe
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
+from galore_fx.runtime.subspace.projection import ProjectedDim, add_back_projection_, back_projected_rows
+from galore_fx.runtime.torch_private import compile_for_any_length
+from galore_fx.runtime.uniform_loop import alike
 
 # What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
 SLICE_ELEMENTS = 2**20

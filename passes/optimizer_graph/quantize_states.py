@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from galore_fx.passes.optimizer_graph.lower_to_subspace import LoweredStep
-from galore_fx.runtime.blockwise import decode, encode
+from galore_fx.runtime.formats.blockwise import decode, encode
 
 _ALWAYS = frozenset({"abs", "sqrt", "square", "exp"})
 _IF_ALL = frozenset({"add", "mul", "div", "minimum", "amax", "cat", "unsqueeze", "to", "clone", "expand", "view"})

@@ -19,13 +19,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from galore_fx.runtime.compatibility import compile_for_any_length
-from galore_fx.runtime.dispatch import own_code_object
-from galore_fx.runtime.group_quantizer import GROUP, add_and_round
-from galore_fx.runtime.quantized_tensor import QuantizedTensor
-from galore_fx.runtime.random_thresholds import uniform_numbers
-from galore_fx.runtime.repetition import alike
-from galore_fx.runtime.rounding import rounded_as
+from galore_fx.runtime.code_objects import own_code_object
+from galore_fx.runtime.formats.counter_rng import uniform_numbers
+from galore_fx.runtime.formats.groupwise import GROUP, add_and_round
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.formats.rounding import rounded_as
+from galore_fx.runtime.torch_private import compile_for_any_length
+from galore_fx.runtime.uniform_loop import alike
 
 # What is formed of the back-projection at once: a CPU's cache, and what keeps a GPU busy with one launch.
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**25}

@@ -23,8 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from galore_fx.errors import OptimizerError
-from galore_fx.runtime.compatibility import FakeTensorMode, ShapeEnv, condition_of, optimizer_internals
-from galore_fx.runtime.optimizer_state import StateFormat
+from galore_fx.runtime.formats.state_format import StateFormat
+from galore_fx.runtime.torch_private import FakeTensorMode, ShapeEnv, condition_of, optimizer_internals
 
 STATE_PREFIX = "state."
 WHAT_CAN_BE_LOWERED = (

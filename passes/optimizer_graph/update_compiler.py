@@ -30,10 +30,10 @@ from galore_fx.passes.optimizer_graph.trace_step import (
     trace_step,
 )
 from galore_fx.passes.pass_runner import Effect, PassRecord
-from galore_fx.runtime.optimizer_state import StateFormat, residual_state
-from galore_fx.runtime.projected_parameter import ProjectedParameter
-from galore_fx.runtime.realised_movement import MovementProbe
-from galore_fx.runtime.scaled_residual import Complement
+from galore_fx.runtime.formats.state_format import StateFormat, residual_state
+from galore_fx.runtime.remainder.scaled import Complement
+from galore_fx.runtime.step.realised_movement import MovementProbe
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 
 
 @dataclasses.dataclass

@@ -1,8 +1,8 @@
 """Freezes what training computes, so that a change of the code's shape can be shown to change nothing else.
 
-    python tools/lab/snapshot.py --record    run every case and write tools/results/snapshot.json
-    python tools/lab/snapshot.py --check     run every case and compare; the exit status is the number of differences
-    python tools/lab/snapshot.py --check galore+ plans    only the cases whose name contains one of these words
+    python -m tools.lab.snapshot --record    run every case and write tools/lab/results/snapshot.json
+    python -m tools.lab.snapshot --check     run every case and compare; the exit status is the number of differences
+    python -m tools.lab.snapshot --check galore+ plans    only the cases whose name contains one of these words
 
 A case is a recipe with its update mode, dtype and bits of the weights, trained for 12 updates in which bases are
 refreshed twice, gradients accumulate, one step has a NaN and a second process's worth of state is loaded in the middle.
@@ -21,12 +21,9 @@ import itertools
 import json
 import logging
 import multiprocessing
-import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,16 +34,13 @@ from torch._inductor import compile_fx as inductor
 from torch._inductor import config as inductor_config
 from tqdm import tqdm
 
+import galore_fx
+from galore_fx.cli.preset_models import PRESETS, build
+from galore_fx.planner.verify_peak import counted_peak
+from tools.lab.rows import RESULTS, ROOT, environment
+
 NUM_PROCESSES = 2
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tools")]
-
-from preset_models import PRESETS, build  # noqa: E402
-
-import galore_fx  # noqa: E402
-from galore_fx.measurement import counted_peak  # noqa: E402
-
-FILE = ROOT / "tools" / "results" / "snapshot.json"
+FILE = RESULTS / "snapshot.json"
 UPDATES, STOP, NAN_AT = 12, 7, 4
 VOCABULARY, BATCH, LENGTH = 128, 2, 16
 # Parts whose published values do nothing within 12 updates of a small model, or do not fit into it.
@@ -272,7 +266,7 @@ def _adamw() -> Callable[..., torch.optim.Optimizer]:
 
 
 def _is_allowed(case: Case) -> bool:
-    from galore_fx.recipes import resolve_recipe
+    from galore_fx.recipes.presets import resolve_recipe
 
     settings = case.settings
     try:
@@ -324,14 +318,9 @@ def _text(whole: Any) -> bytes:
 
 @functools.cache
 def _machine() -> dict[str, str]:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip(),
-        "cpu": model[0].partition(": ")[2] if model else platform.processor(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    here = environment()
+    kept = {key: here[key] for key in ("commit", "device", "torch")}
+    return {**kept, "transformers": transformers.__version__}
 
 
 class _kernels:

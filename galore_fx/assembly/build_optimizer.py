@@ -1,0 +1,128 @@
+"""Makes the records and the optimizer that the decisions ask for."""
+
+import torch
+from torch import nn
+
+from galore_fx.assembly.decisions import Decisions, refresh_limits
+from galore_fx.assembly.plan_parameters import basis_shape, check_budget
+from galore_fx.assembly.refresh_cost import refresh_costs
+from galore_fx.assembly.user_optimizer import OptimizerChoice, retire
+from galore_fx.recipes.recipe import Recipe
+from galore_fx.runtime.dispatch.forwards import ClearingZeroGrad, FixedPlace, PlainSave
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
+from galore_fx.runtime.layers.merge_factors import FactorMerge
+from galore_fx.runtime.layers.normalized_linear import NormalizedLinear, trained_parts
+from galore_fx.runtime.remainder.sparse import SparseResidual
+from galore_fx.runtime.step.late_parameters import parameters_of
+from galore_fx.runtime.step.subspace_optimizer import SubspaceOptimizer
+from galore_fx.runtime.subspace.bases import random_basis
+from galore_fx.runtime.subspace.projected_parameter import REGISTRY, ProjectedParameter
+from galore_fx.runtime.subspace.projection import ProjectedDim
+from galore_fx.runtime.subspace.refresh_criteria import Displacement, LazyGaps
+from galore_fx.runtime.subspace.refresh_queue import SUBSPACE_ITERATION_WARM_UP, FixedSchedule
+
+_SEED = 0
+
+
+def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoice) -> SubspaceOptimizer:
+    """The optimizer with its state, in place of the user's; ``model.zero_grad`` then clears projected gradients too.
+
+    Raises:
+        BudgetError: what is kept through the step already exceeds the budget; nothing has changed then.
+    """
+    check_budget(decisions.plan)
+    records, layers = make_records(decisions)
+    optimizer = _make_optimizer(model, decisions, records, layers)
+    if decisions.optimizer is given:
+        retire(decisions.optimizer)
+    model._apply = FixedPlace(model)  # type: ignore[method-assign]
+    model.zero_grad = ClearingZeroGrad(model, optimizer.zero_grad)  # type: ignore[method-assign]
+    is_plain = not trained_parts(model) and not any(isinstance(p, QuantizedTensor) for p in model.parameters())
+    if hasattr(model, PlainSave.method) and not is_plain:
+        model.save_pretrained = PlainSave(model)  # type: ignore[assignment]
+    return optimizer
+
+
+def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[int]]:
+    """One record per projected parameter, found by its weight from then on, and the region it belongs to."""
+    linears = {w.name: w for region in decisions.regions for w in region.weights}
+    generator = torch.Generator().manual_seed(_SEED)
+    records: list[ProjectedParameter] = []
+    layers = []
+    for entry in decisions.plan.parameters:
+        if entry.rank is None or entry.dim is None or entry.region is None:
+            continue
+        linear, dim = linears[entry.name], ProjectedDim(entry.dim)
+        weight = linear.weight
+        shape = basis_shape((entry.shape[0], entry.shape[1]), dim, entry.rank, decisions.recipe)
+        basis = random_basis(shape, generator).to(weight.device, weight.dtype)
+        if decisions.recipe.basis_bits is not None:
+            basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
+        record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
+        words = frozenset((decisions.recipe.cross_head or "").split("-"))
+        record.shared_roles, record.shares_basis = words - {"", "shared"}, "shared" in words
+        if decisions.recipe.oversampling:
+            record.oversample(min(decisions.recipe.oversampling, shape[0] - entry.rank))
+        record.is_random = decisions.recipe.basis == "random"
+        if linear.is_factor:
+            record.delivers_full = True
+            if decisions.recipe.sides == "two":
+                right = random_basis((entry.shape[1], entry.rank), generator)
+                record.project_both_sides(right.to(weight.device, weight.dtype))
+        if decisions.recipe.refresh == "lotus":
+            record.first_direction = torch.zeros(record.leaf.shape, dtype=record.leaf.dtype, device=weight.device)
+        if decisions.recipe.residual == "scaled":
+            record.complement_norm, record.consumes = torch.zeros((), device=weight.device), True
+        if decisions.recipe.residual == "sparse":
+            record.residual = SparseResidual.create(
+                weight,
+                decisions.recipe.residual_density,
+                variant=decisions.recipe.residual_variant,
+                warm_up=decisions.recipe.residual_warm_up,
+            )
+        REGISTRY.add(record)
+        records.append(record)
+        layers.append(entry.region)
+    return records, layers
+
+
+def _make_optimizer(
+    model: nn.Module, decisions: Decisions, records: list[ProjectedParameter], layers: list[int]
+) -> SubspaceOptimizer:
+    recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
+    # A factor's gradient is zero in the first update, where the other factor is.
+    is_second_first = recipe.basis == "subspace-iteration" or recipe.weight_norm is not None
+    num_initial = max(SUBSPACE_ITERATION_WARM_UP if is_second_first else 1, recipe.iterations)
+    # So it is after a merge.
+    num_iterations = SUBSPACE_ITERATION_WARM_UP if recipe.merge_factors else recipe.iterations
+    schedule = FixedSchedule(recipe.refresh_gap, len(decisions.regions), recipe.stagger, num_initial, num_iterations)
+    return SubspaceOptimizer(
+        decisions.optimizer.param_groups,
+        decisions.optimizer.defaults,
+        updates=decisions.updates,
+        records=records,
+        layers=layers,
+        schedule=schedule,
+        criterion=_criterion(recipe),
+        by_first_vector=recipe.lazy_statistic == "first-vector",
+        limits=refresh_limits(recipe),
+        costs=refresh_costs(decisions.regions, decisions.plan.parameters, recipe),
+        exact=exact,
+        moments_on_refresh=recipe.moments_on_refresh,
+        scale=recipe.scale,
+        in_backward=recipe.update == "in-backward",
+        max_grad_norm=recipe.max_grad_norm,
+        named=parameters_of(model),
+        rounding_seed=_SEED if recipe.rounding == "stochastic" else None,
+        merge=FactorMerge(_normalized_layers(decisions), recipe.refresh_gap) if recipe.merge_factors else None,
+    )
+
+
+def _normalized_layers(decisions: Decisions) -> list[NormalizedLinear]:
+    return [m for region in decisions.regions for m in region.module.modules() if isinstance(m, NormalizedLinear)]
+
+
+def _criterion(recipe: Recipe) -> LazyGaps | Displacement | None:
+    if recipe.refresh == "lazy":
+        return LazyGaps(recipe.refresh_gap, recipe.lazy_threshold, recipe.lazy_queue, recipe.lazy_limit)
+    return Displacement(recipe.lotus_threshold, recipe.lotus_interval) if recipe.refresh == "lotus" else None

@@ -1,0 +1,136 @@
+"""``model.galore_fx``: what a compiled model knows about itself."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from galore_fx.assembly.assemble import Assembled
+from galore_fx.assembly.user_optimizer import OptimizerChoice
+from galore_fx.errors import UsageError
+from galore_fx.recipes.recipe import Recipe
+from galore_fx.runtime.step.subspace_optimizer import SubspaceOptimizer
+from galore_fx.runtime.step.weight_rounding import is_narrow
+
+COPY_MESSAGE = (
+    "this is a copy of a model compiled by galore_fx; the copy is a plain model that no galore_fx optimizer trains. "
+    "Call galore_fx.compile on it to compile it"
+)
+
+
+class Compiled:
+    """The compiled side of one model.
+
+    Attributes:
+        optimizer: the ``torch.optim.Optimizer`` to step.
+        plan: what was decided for each parameter.
+    """
+
+    def __init__(self, assembled: Assembled) -> None:
+        self.optimizer = assembled.optimizer
+        self.plan = assembled.decisions.plan
+        self._regions = assembled.compiler
+        self._updates = assembled.decisions.updates
+        self._blocks = assembled.blocks
+
+    @property
+    def optimizer_choice(self) -> OptimizerChoice:
+        """The user's optimizer class with its defaults."""
+        settings = inspect.signature(self._updates.optimizer_class).parameters
+        defaults = {key: value for key, value in self.optimizer.defaults.items() if key in settings}
+        return functools.partial(self._updates.optimizer_class, **defaults)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and figures of the run so far.
+
+        Returns:
+            ``projected``: names of the projected parameters; ``rank``: their ranks in force; ``num_updates``,
+            ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``; ``refresh_time_s``: seconds
+            spent on new bases; ``refresh_queue``: the blocks that wait for new bases, the next one first, with the
+            update at which they became due and what their refresh adds to a step; with lazy refresh ``refresh_gap`` and
+            ``stability``: by name, the gaps in force and the last measurement; with cross-head projection
+            ``cross_head``: names of the weights whose heads share a
+            basis; with weights in 16 or 8 bits ``realised_movement``: of the movement that the optimizer intended for
+            the ``projected`` weights and those of ``full_rank``, the share that the stored weights have made, on a
+            sample of elements and updates (None before the first; around 1 with stochastic rounding); with residuals
+            ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all gradients of the last
+            deferred step, before clipping, None before it; ``late_parameters``: names of the parameters that were
+            unfrozen, exchanged or added since compile and are trained at full rank; ``without_gradient``: names of the
+            trainable parameters that the first update has not moved, since they got no gradient; ``uncompiled``: names
+            of the blocks that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
+            ``num_update_graphs``: what was compiled.
+        """
+        optimizer = self.optimizer
+        return {
+            "projected": [record.name for record in optimizer.records],
+            "rank": {record.name: record.rank for record in optimizer.records},
+            **vars(optimizer.counters),
+            "refresh_time_s": optimizer.refreshes.time_s,
+            "refresh_queue": _waiting(optimizer, self.plan.regions),
+            **_lazy_stats(optimizer),
+            **_recipe_stats(optimizer, self.plan.recipe),
+            **_movement(optimizer),
+            "late_parameters": list(optimizer.late.names),
+            "without_gradient": list(optimizer.late.without_gradient),
+            "grad_norm": optimizer.grad_norm,
+            "uncompiled": self._blocks.failures if self._blocks else {},
+            "num_region_graphs": self._regions.num_graphs,
+            "num_region_variants": self._regions.num_variants,
+            "num_update_graphs": self._updates.num_graphs,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PlainCopy":
+        warnings.warn(COPY_MESSAGE, stacklevel=2)
+        return PlainCopy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, ()
+
+
+def _movement(optimizer: SubspaceOptimizer) -> dict[str, Any]:
+    if not any(is_narrow(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+        return {}
+    return {"realised_movement": {kind: optimizer.rounding.movement.share(kind) for kind in ("projected", "full_rank")}}
+
+
+def _waiting(optimizer: SubspaceOptimizer, blocks: Sequence[str]) -> list[dict[str, Any]]:
+    queue = optimizer.refreshes.queue
+    return [
+        {"block": blocks[layer], "due_since": since, **vars(queue.cost_of(layer))}
+        for layer, since in queue.waiting().items()
+    ]
+
+
+def _lazy_stats(optimizer: SubspaceOptimizer) -> dict[str, Any]:
+    lazy = optimizer.refreshes.queue.lazy
+    if lazy is None:
+        return {}
+    names = {id(record.weight): record.name for record in optimizer.records}
+    latest = {names[key]: values[-1] for key, values in lazy.stabilities.items()}
+    return {"refresh_gap": {name: lazy.gap_of(key) for key, name in names.items()}, "stability": latest}
+
+
+def _recipe_stats(optimizer: SubspaceOptimizer, recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if recipe.cross_head is not None:
+        found["cross_head"] = [record.name for record in optimizer.records if record.heads is not None]
+    residuals = [record.residual for record in optimizer.records if record.residual is not None]
+    if residuals:
+        found["residual_is_learning"] = any(residual.is_learning for residual in residuals)
+        found["num_residual_entries"] = sum(residual.leaf.numel() for residual in residuals)
+    return found
+
+
+class PlainCopy:
+    """What a copy of a compiled model has in place of ``Compiled``: it says that it is none."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UsageError(COPY_MESSAGE)
+
+
+def _unpickled() -> PlainCopy:
+    warnings.warn(COPY_MESSAGE, stacklevel=2)
+    return PlainCopy()

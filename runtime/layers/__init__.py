@@ -1,0 +1,1 @@
+"""Layers as the compiled graphs call them."""

@@ -1,0 +1,78 @@
+"""torch's multi-head attention with projected weights.
+
+``nn.MultiheadAttention`` hands its weights to ``F.multi_head_attention_forward``, which multiplies by them itself. A
+copy of that function runs here whose ``linear`` is ours; masks, heads and dropout stay torch's.
+
+Cross-attention splits a packed weight (3 E, E) into parts of its rows. A basis of the columns serves all parts, and
+``R`` is split as the weight is, and so are a residual's entries where each part begins with a block of rows. A basis of
+the rows, and the gradient of heads that may lie in any part, would need the whole product at once: such a weight keeps
+its full gradient.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from galore_fx.runtime.layers.projected_linear import WeightLayout, projected_linear
+from galore_fx.runtime.remainder.sparse import BLOCK_ROWS, num_blocks
+from galore_fx.runtime.subspace.projection import ProjectedDim
+from galore_fx.runtime.torch_private import attention_with_linear
+
+# What the weight's record gives, as ``projected_linear`` takes it, and the value of a ``ProjectedDim``.
+Projection = tuple[Mapping[str, Tensor], str]
+
+
+def projected_attention(projections: Mapping[str, Projection], **arguments: Any) -> Any:
+    """``F.multi_head_attention_forward`` that delivers projected gradients.
+
+    Args:
+        projections: for each projected weight, by its name among the arguments.
+        **arguments: those of ``F.multi_head_attention_forward``, all by name.
+
+    Returns:
+        Its outputs: attention (L, N, E) or (L, E), and the attention weights or None.
+    """
+    weights = {name: _Projected(arguments[name], *projection) for name, projection in projections.items()}
+    return _ATTENTION(**{**arguments, **weights})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Projected:
+    """A weight (out, in) that is passed through the attention to its ``linear``, and split on the way."""
+
+    weight: Tensor
+    inputs: Mapping[str, Tensor]
+    dim: str
+
+    def split(self, sizes: list[int]) -> Any:
+        splits_blocks = "residual_leaf" in self.inputs and any(size % BLOCK_ROWS for size in sizes[:-1])
+        if self.dim == ProjectedDim.ROWS.value or "head_features" in self.inputs or splits_blocks:
+            return self.weight.split(sizes)
+        numbers = {"leaf": sizes, "residual_leaf": sizes, "residual_columns": [num_blocks(size) for size in sizes]}
+        by_rows = [name for name in numbers if name in self.inputs]
+        parts = zip(*(self.inputs[name].split(numbers[name]) for name in by_rows), strict=True)
+        return tuple(
+            dataclasses.replace(self, weight=weight, inputs={**self.inputs, **dict(zip(by_rows, part, strict=True))})
+            for weight, part in zip(self.weight.split(sizes), parts, strict=True)
+        )
+
+    def chunk(self, count: int) -> Any:
+        return self.split([self.weight.shape[0] // count] * count)
+
+    def size(self, dim: int) -> int:
+        return self.weight.size(dim)
+
+    @property
+    def shape(self) -> Any:
+        return self.weight.shape
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, _Projected):
+        return _PLAIN_LINEAR(x, weight, bias)  # type: ignore[no-any-return]
+    return projected_linear(x, weight.weight, bias, weight.inputs, WeightLayout.OUT_IN.value, weight.dim)
+
+
+_ATTENTION, _PLAIN_LINEAR = attention_with_linear(_linear)

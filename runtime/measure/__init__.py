@@ -1,0 +1,1 @@
+"""Bytes that are counted or read while a model trains."""

@@ -1,0 +1,1 @@
+"""What a projection misses of a gradient, and what becomes of it."""

@@ -1,0 +1,1 @@
+"""The optimizer: gradients in, updated weights, states and bases out."""

@@ -1,0 +1,79 @@
+"""The states of each parameter: what the optimizer class keeps, the basis, and what a residual keeps."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from galore_fx.runtime.formats.state_format import RESIDUAL, SCALES
+from galore_fx.runtime.remainder.warm_up import new_residual_state
+from galore_fx.runtime.step.update_protocol import Updates
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
+
+
+class ParameterStates:
+    """Makes them, and reads the param groups that they depend on.
+
+    Args:
+        updates: the lowered step.
+        states: of the optimizer, by parameter; states that come to be needed later are added there.
+        groups: the param group of each parameter, by its identity.
+        records: the projected parameters, by the identity of the weight.
+    """
+
+    def __init__(
+        self,
+        updates: Updates,
+        states: Mapping[Tensor, dict[str, Any]],
+        groups: Mapping[int, dict[str, Any]],
+        records: Mapping[int, ProjectedParameter],
+    ) -> None:
+        self._updates, self._states, self._groups, self._records = updates, states, groups, records
+        self._settings: dict[int, Any] = {}
+
+    def close_window(self) -> None:
+        """The settings are read anew at the next update; a basis may have become that of another weight."""
+        self._settings.clear()
+        for record in self._records.values():
+            if record.basis_owner is not None:
+                self._states[record.weight]["basis"] = record.basis
+            elif record.heads is None:
+                record.shares_basis = False
+
+    def settings(self, group: dict[str, Any]) -> Any:
+        """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""
+        if id(group) not in self._settings:
+            settings = self._settings[id(group)] = self._updates.read(group)
+            wanted = self._updates.layout(settings, group).initial.keys()
+            for parameter in filter(self._states.__contains__, group["params"]):  # a frozen one has none
+                missing = wanted - self._states[parameter].keys()
+                if missing:  # a setting has left zero that brings a state with it, as SGD's momentum does
+                    new = self.new(parameter)
+                    added = [*missing, *(name + SCALES for name in missing), "started"]
+                    added += [RESIDUAL + name for name in added]
+                    self._states[parameter].update({name: new[name] for name in added if name in new})
+        return self._settings[id(group)]
+
+    def new(self, parameter: Tensor) -> dict[str, Tensor]:
+        """All that a parameter keeps, as before its first update."""
+        record = self._records.get(id(parameter))
+        state = self.like(parameter, record.leaf if record is not None else parameter)
+        if record is not None:
+            state |= {"basis": record.basis} | new_residual_state(record, self.like)
+            if record.right_basis is not None:
+                state["right_basis"] = record.right_basis
+            if record.first_direction is not None:
+                state["first_direction"] = record.first_direction
+        return state
+
+    def like(self, parameter: Tensor, like: Tensor) -> dict[str, Tensor]:
+        """New states of the optimizer class for a parameter and a gradient of the shape of ``like``."""
+        group = self._groups[id(parameter)]
+        layout = self._updates.layout(self._updates.read(group), group)
+        state = layout.format.make(layout.initial, like, parameter.dtype)
+        state |= {name: torch.tensor(value, dtype=torch.float32) for name, value in layout.scalars.items()}
+        if None in layout.initial.values():
+            # Some of the state is made by the first step (SGD's momentum), whose graph is another one.
+            state["started"] = torch.tensor(0.0)
+        return state

@@ -1,0 +1,398 @@
+"""The optimizer that steps a compiled model: the user's ``torch.optim`` class, lowered into subspaces.
+
+One *window* is what lies between two calls of ``step()``: one forward and backward, or several micro-batches.
+
+    deferred      backward: R and full gradients are kept and added up  |  step(): norm, clip, update all, refresh
+    in-backward   backward: each parameter is updated when its gradient is complete  |  step(): closes the window
+
+A basis that is due is renewed in two ways. Exact SVD: the window's backwards deliver the full gradient of what is
+due; ``step()`` computes the new basis, projects with it and updates. Subspace iteration: the backward of the first
+micro-batch also delivers the sketch ``G^T G P``; the update still uses the old basis, the new one holds from the next
+window on. So the basis is constant inside a window and accumulated gradients are exact.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from galore_fx.errors import UsageError
+from galore_fx.runtime.counters import Counters
+from galore_fx.runtime.dispatch.guards import refuse_other_optimizers, refuse_scaler, warn_of_processes
+from galore_fx.runtime.formats.state_format import RESIDUAL
+from galore_fx.runtime.layers.merge_factors import FactorMerge
+from galore_fx.runtime.remainder.scaled import Complement, complement_at
+from galore_fx.runtime.remainder.warm_up import ResidualTraining
+from galore_fx.runtime.step.backward_updates import BackwardUpdates
+from galore_fx.runtime.step.deferred_gradients import DeferredGradients
+from galore_fx.runtime.step.gradient_hooks import GradientWatch, WriteWatch, weak_hook, weak_method
+from galore_fx.runtime.step.late_parameters import LateParameters, NamedParameters
+from galore_fx.runtime.step.parameter_states import ParameterStates
+from galore_fx.runtime.step.state_dict import STATE_VERSION, restore
+from galore_fx.runtime.step.update_protocol import Updates
+from galore_fx.runtime.step.weight_rounding import WeightRounding
+from galore_fx.runtime.subspace.moment_transfer import reset_moments, rotate_moments, rotation_between
+from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace.refresh_criteria import Displacement, LazyGaps
+from galore_fx.runtime.subspace.refresh_queue import FixedSchedule, RefreshCost, RefreshLimits, RefreshQueue
+from galore_fx.runtime.subspace.refresher import BasisRefresh, Observer
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+class SubspaceOptimizer(torch.optim.Optimizer):
+    """Steps all parameters of a compiled model.
+
+    Args:
+        param_groups: of the model's own parameters, as the user's class made them. Shared, not copied: a scheduler
+            built on the user's instance still steers this one.
+        defaults: of the user's class; schedulers look into them.
+        updates: the lowered step.
+        records: the projected parameters.
+        layers: for each record, the index of its region; regions take turns in refreshing.
+        schedule: when they are due.
+        criterion: the bases' own gaps, or what tells that one has been used up; None where all have the schedule's gap.
+        by_first_vector: measure stability by the first vectors of two bases and not by their overlap.
+        limits: of what may refresh in the same update; costs: of each region's refresh.
+        exact: exact SVD instead of subspace iteration.
+        moments_on_refresh: "keep", "rotate" or "reset": what becomes of a weight's states with a new basis.
+        scale: factor of back-projected updates.
+        in_backward: update inside the backward.
+        max_grad_norm: clip before each update, None for not.
+        rounding_seed: of the stochastic rounding of weights in 16 and 8 bits, None to round them to the nearest.
+        named: the model's parameters by name, to find those that it trains later; None for no model.
+        merge: adds low-rank changes to frozen weights from time to time, None for never.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        defaults: dict[str, Any],
+        *,
+        updates: Updates,
+        records: list[ProjectedParameter],
+        layers: list[int],
+        schedule: FixedSchedule,
+        criterion: LazyGaps | Displacement | None,
+        by_first_vector: bool,
+        limits: RefreshLimits,
+        costs: Mapping[int, RefreshCost],
+        exact: bool,
+        moments_on_refresh: str,
+        scale: float,
+        in_backward: bool,
+        max_grad_norm: float | None,
+        rounding_seed: int | None,
+        named: NamedParameters,
+        merge: FactorMerge | None = None,
+    ) -> None:
+        super().__init__([{**group} for group in param_groups], defaults)
+        self.param_groups = param_groups
+        self.counters = Counters()
+        self.grad_norm: float | None = None
+        self.in_backward = in_backward
+        self.max_grad_norm = max_grad_norm
+        self._updates = updates
+        self._records = {id(record.weight): record for record in records}
+        self._layers = {id(record.weight): layer for record, layer in zip(records, layers, strict=True)}
+        self._merge = merge
+        self._moments_on_refresh, self._scale = moments_on_refresh, scale
+        self.observe: Observer = lambda _what, _grad: _NOTHING
+        self._watch, self._written = GradientWatch(), WriteWatch()
+        self._numbers = {id(p): i for i, p in enumerate(self._parameters())}
+        self.rounding = WeightRounding(rounding_seed, self._numbers, self.counters)
+        self.refreshes = BasisRefresh(
+            self._records,
+            RefreshQueue(self._layers, schedule, limits, criterion, costs),
+            self.counters,
+            by_first_vector=by_first_vector,
+            observe=lambda what, grad: self.observe(what, grad),
+            numbers=self._numbers,
+            transfer=self._transfer_moments,
+        )
+        self._groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._states = ParameterStates(updates, self.state, self._groups, self._records)
+        self._backward = BackwardUpdates(
+            self._records,
+            self.refreshes,
+            self.counters,
+            self._groups,
+            scale,
+            self._update,
+            observe=lambda what, grad: self.observe(what, grad),
+        )
+        gradients = DeferredGradients(self._parameters, self._records, self.refreshes)
+        self._collect, self._holders = gradients.collect, gradients.holders
+        self._residuals = ResidualTraining(records, self.state, self.counters, self._states.like)
+        for parameter in self._parameters():
+            if parameter.requires_grad:  # groups may list frozen ones
+                self.state[parameter] = self._states.new(parameter)
+        self.late = LateParameters(named, self.state, self.param_groups, weak_method(self, "_take_in"))
+        for record in records:
+            record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
+        self._hooked: set[int] = set()
+        self._install_hooks()
+        self._open_window()
+        if records:
+            refuse_other_optimizers(SubspaceOptimizer)
+            self._step_supports_amp_scaling = True  # a GradScaler then tells step() of itself, and is refused
+
+    # What the user calls.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Updates the parameters (deferred), or closes the window in which the backward has updated them.
+
+        Where a gradient is not finite no weight and no state is updated, and the step is counted as skipped.
+
+        Args:
+            closure: evaluates the model again and returns the loss; called first, with grad enabled.
+
+        Raises:
+            UsageError: called by a GradScaler, which does not see projected gradients.
+        """
+        if self._records:
+            refuse_scaler(self)
+            warn_of_processes()
+            self._written.warn_of_others(self._trained(), self._records)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            names = {key: record.name for key, record in self._records.items()}
+            self.late.look(list(self._parameters()), names)
+            newly_hooked = self._install_hooks()
+            if self.in_backward:
+                for parameter in newly_hooked:  # whose gradient has come without a hook
+                    self._backward.take(parameter, parameter)
+                self._backward.finish()
+                self.refreshes.apply_rest()
+                self._close_window(set(self._backward.updated))
+            else:
+                self._step_deferred()
+        return loss
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips the 2-norm of all gradients together: projected ones as they are, full ones elsewhere.
+
+        ``torch.nn.utils.clip_grad_norm_(model.parameters())`` sees only full-rank gradients; call this instead.
+
+        Args:
+            max_norm: norm above which all gradients are scaled down to it.
+
+        Returns:
+            The norm before clipping, 0-d.
+
+        Raises:
+            UsageError: in in-backward mode, where the gradients are gone.
+        """
+        if self.in_backward:
+            raise UsageError(
+                "clip_grad_norm_ needs all gradients at once, but update='in-backward' consumes each inside the "
+                "backward; compile with update='deferred' to clip"
+            )
+        with torch.no_grad():
+            grads = [grad for _, grad in self._collect()]
+            norm = torch.nn.utils.get_total_norm(grads)
+            torch.nn.utils.clip_grads_with_norm_(
+                [holder for holder in self._holders() if holder.grad is not None], max_norm, norm
+            )
+            self._watch.forget()
+        return norm
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while the optimizer is built: a later group would have neither state nor plan.
+
+        Raises:
+            UsageError: after that.
+        """
+        if hasattr(self, "_groups"):
+            raise UsageError(
+                "add_param_group after compile: give all parameters to galore_fx.compile, as an optimizer instance "
+                "with the groups you want"
+            )
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients of the window, projected ones too."""
+        super().zero_grad(set_to_none)
+        for record in self._records.values():
+            record.clear()
+        self.refreshes.forget()
+
+    def request_refresh(self) -> None:
+        """Makes all bases due in the window that is open now, before its first forward."""
+        self.refreshes.queue.request(self._layers, self.counters.num_updates)
+        self.refreshes.set_forms()
+
+    def limit_refreshes(self, limit: int | None) -> None:
+        """From the window on that is open now, before its first forward, so many regions refresh in one update."""
+        self.refreshes.queue.limits = dataclasses.replace(self.refreshes.queue.limits, num_layers=limit)
+        self.refreshes.set_forms()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim``: tensors and numbers only; ``galore_fx`` holds the counters and pending refreshes."""
+        saved = super().state_dict()
+        saved["galore_fx"] = {
+            "version": STATE_VERSION,
+            **dataclasses.asdict(self.counters),
+            "late_parameters": list(self.late.names),
+            **self.refreshes.queue.state(self._numbers),
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state, copied in place with the dtypes kept; bit-identical to not having stopped.
+
+        Raises:
+            OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
+        """
+        saved = state_dict.get("galore_fx", {})
+        give_back = self.late.take_again(saved.get("late_parameters", ()))
+        num_updates = saved.get("num_updates", self.counters.num_updates)
+        go_back = self._residuals.set_learning(num_updates)
+        try:
+            extra = restore(self.state, self.param_groups, state_dict, self.refreshes.sharers())
+        except BaseException:
+            go_back()
+            give_back()
+            raise
+        self.counters.load(extra)
+        self.refreshes.queue.load_state(extra, list(map(id, self._parameters())))
+        self.zero_grad()
+        self._backward.close_window()
+        self.refreshes.set_forms()
+
+    @property
+    def records(self) -> Iterable[ProjectedParameter]:
+        """The projected parameters."""
+        return self._records.values()
+
+    # Windows.
+
+    def _open_window(self) -> None:
+        self.refreshes.queue.admit(self.counters.num_updates)
+        self.refreshes.set_forms()
+
+    def _close_window(self, updated: set[int]) -> None:
+        """Ends a window in which the parameters of these identities were updated; none where it was skipped."""
+        self.zero_grad()
+        self._states.close_window()
+        self._watch.forget()
+        self._backward.close_window()
+        self._written.note(self._trained())
+        if updated:
+            self.refreshes.pass_on()
+            if not self.counters.num_updates:
+                self.late.name_unmoved(self._trained(), updated)
+            self.counters.num_updates += 1
+            self.rounding.after_update()
+            self._residuals.set_learning(self.counters.num_updates)
+            if self._merge is not None:
+                self._merge.after_update(self.counters.num_updates, self._records, self.state, self._states.like)
+            self._open_window()
+
+    # Deferred.
+
+    def _step_deferred(self) -> None:
+        self._watch.warn_of_changes(self._parameters())
+        gradients = self._collect()
+        if not gradients:
+            return
+        self._watch.warn_of_missing((record.weight for record in self.records), (p for p, _ in gradients))
+        norm = torch.nn.utils.get_total_norm([grad for _, grad in gradients])
+        self.grad_norm = float(norm)
+        if not torch.isfinite(norm):
+            self.counters.num_skipped += 1
+            self._close_window(set())
+            return
+        if self.max_grad_norm is not None and self.grad_norm > self.max_grad_norm:
+            self.clip_grad_norm_(self.max_grad_norm)
+        for parameter, grad in gradients:
+            self._update(parameter, grad)
+        self.refreshes.apply_sketches()
+        self._close_window({id(parameter) for parameter, _ in gradients})
+
+    # Hooks.
+
+    def _install_hooks(self) -> list[nn.Parameter]:
+        """On those parameters that are trained and have none yet: one that is frozen cannot have any. Returns them."""
+        misses_some = not all(record.delivers_full for record in self.records)  # who clips parameters' .grad
+        new = [parameter for parameter in self._trained() if id(parameter) not in self._hooked]
+        self._hooked.update(map(id, new))
+        for parameter in new:
+            record = self._records.get(id(parameter))
+            if record is not None:
+                record.sketch_hook = weak_hook(self, "_keep_sketch", parameter)
+                record.sketch_leaf.register_post_accumulate_grad_hook(record.sketch_hook)
+            if record is None and misses_some and not self.in_backward:
+                parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
+        if self.in_backward:
+            self._backward.install(new)
+        return new
+
+    def _take_in(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """Makes ready for a parameter that is trained from now on."""
+        self._numbers.setdefault(id(parameter), len(self._numbers))
+        self._groups[id(parameter)] = group
+        self.state[parameter] = self._states.new(parameter)
+
+    def _keep_sketch(self, parameter: nn.Parameter, _leaf: Tensor) -> None:
+        record = self._records[id(parameter)]
+        self.refreshes.keep_sketch(record)
+        if self.in_backward:
+            self.refreshes.apply_after(record, self._backward.updated)
+
+    # One parameter.
+
+    def _update(self, parameter: nn.Parameter, grad: Tensor, complement: Complement | None = None) -> None:
+        group = self._groups[id(parameter)]
+        settings = self._states.settings(group)  # may add a state that the settings have come to need
+        state = self.state[parameter]
+        record = self._records.get(id(parameter))
+        started = state.get("started")
+        first = started is not None and float(started) == 0.0
+        with self.observe("update", grad):
+            if record is not None:
+                self.refreshes.note_direction(record, grad)
+            entries = self._residuals.entries(record, grad)
+            if record is not None and entries is not None and record.residual_is_scaled:
+                complement, entries = complement_at(record, entries, grad, group, self._scale), None
+            self._updates.update(
+                parameter,
+                grad,
+                state,
+                group,
+                settings,
+                record,
+                self._scale,
+                first=first,
+                rounding_key=self.rounding.key(parameter),
+                entries=entries,
+                complement=complement,
+                probe=self.rounding.probe(parameter, projected=record is not None),
+            )
+        if started is not None:
+            started.fill_(1.0)
+            if entries is not None:
+                state[f"{RESIDUAL}started"].fill_(1.0)
+
+    def _transfer_moments(self, record: ProjectedParameter, basis: Tensor) -> None:
+        """What becomes of a weight's states when this basis takes the old one's place."""
+        state = self.state[record.weight]
+        if self._moments_on_refresh == "reset":
+            reset_moments(state, self._states.like(record.weight, record.leaf))
+        elif self._moments_on_refresh == "rotate":
+            group = self._groups[id(record.weight)]
+            layout = self._updates.layout(self._states.settings(group), group)
+            rotation = rotation_between(record.basis, basis, record.rank)
+            rotate_moments(state, rotation, record.dim, record.leaf.shape, group, layout)
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._parameters() if parameter.requires_grad]
+
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        return (p for group in self.param_groups for p in group["params"])

@@ -1,0 +1,18 @@
+"""The command line of scripts that fine-tune a base model which they train themselves."""
+
+import argparse
+
+from galore_fx.cli.recipe_options import add_part_option
+
+
+def add_fine_tuning_options(
+    parser: argparse.ArgumentParser, *, lr: float, batch: int, base: str, base_steps: int
+) -> None:
+    """Those of a script that fine-tunes a base model which it trains itself."""
+    parser.add_argument("--lr", type=float, default=lr)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", default=base, help="folder of the base model")
+    parser.add_argument("--base-steps", type=int, default=base_steps)
+    add_part_option(parser)
