@@ -9,7 +9,7 @@ import galore_fx
 from galore_fx.planner.verify_peak import counted_peak
 from galore_fx.runtime.remainder.sparse import entries_of
 from galore_fx.runtime.subspace.bases import exact_basis
-from galore_fx.runtime.subspace.head_basis import SampledHeads, basis_of_heads
+from galore_fx.runtime.subspace.basis_heads import HeadBasis, SampledHeads, basis_of_heads
 from galore_fx.runtime.subspace.projected_parameter import GradientForm
 from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama, straight_and_resumed, train
@@ -44,10 +44,10 @@ def test_the_new_basis_is_that_of_the_drawn_heads(make, num_shared, recipe):
     ids = batches(1)[0]
     backward(plain, ids)
     backward(model, ids)
-    shared = [record for record in model.galore_fx.optimizer.records if record.heads is not None]
+    shared = [record for record in model.galore_fx.optimizer.records if isinstance(record.source, HeadBasis)]
     assert len(shared) == num_shared
-    features = {record.name: record.heads.features.clone() for record in shared}
-    assert all(record.form is GradientForm.HEADS for record in shared)
+    features = {record.name: record.source.heads.features.clone() for record in shared}
+    assert all(record.form is GradientForm.REFRESHING for record in shared)
     model.galore_fx.optimizer.step()
     grads = {name: p.grad for name, p in plain.named_parameters()}
     for record in shared:
@@ -61,7 +61,9 @@ def test_the_new_basis_is_that_of_the_drawn_heads(make, num_shared, recipe):
 def test_more_heads_where_the_rank_exceeds_one():
     model = galore_fx.compile(llama(1, num_key_value_heads=2), rank=24, optimizer=adamw(), **CROSS)
     backward(model, batches(1)[0])
-    drawn = {r.name: r.heads.features for r in model.galore_fx.optimizer.records if r.heads is not None}
+    drawn = {
+        r.name: r.source.heads.features for r in model.galore_fx.optimizer.records if isinstance(r.source, HeadBasis)
+    }
     assert {name.split(".")[-2]: len(features) for name, features in drawn.items()} == {"q_proj": 32, "k_proj": 32}
     model.galore_fx.optimizer.step()
     for record in model.galore_fx.optimizer.records:
@@ -81,7 +83,7 @@ def test_the_heads_of_all_layers_are_found_in_one_graph():
     )
     optimizer = galore_fx.optimizer(whole, adamw())
     backward(whole, batches(1)[0])
-    assert sum(record.heads is not None for record in optimizer.records) == 4
+    assert sum(isinstance(record.source, HeadBasis) for record in optimizer.records) == 4
 
 
 def test_a_block_without_attention_is_named_and_trains():
@@ -109,8 +111,8 @@ def test_cross_attention_of_torch_splits_the_packed_weight():
     x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
     plain(x, y).square().sum().backward()
     model(x, y).square().sum().backward()
-    record = next(r for r in model.galore_fx.optimizer.records if r.heads is not None)
-    features = record.heads.features.clone()
+    record = next(r for r in model.galore_fx.optimizer.records if isinstance(r.source, HeadBasis))
+    features = record.source.heads.features.clone()
     with pytest.warns(UserWarning, match="the full gradient of attention.in_proj_weight was formed"):
         model.galore_fx.optimizer.step()
     expected = exact_basis(plain.attention.in_proj_weight.grad[features], 4, record.dim)
@@ -178,13 +180,13 @@ def test_a_shared_basis_is_that_of_a_query_head_and_projects_all():
     backward(model, ids)
     backward(plain, ids)
     layers = by_layer(model)
-    query, basis, features = layers["q_proj"], layers["q_proj"].basis, layers["q_proj"].heads.features.clone()
+    query, basis, features = layers["q_proj"], layers["q_proj"].basis, layers["q_proj"].source.heads.features.clone()
     assert basis is layers["k_proj"].basis is layers["v_proj"].basis is not layers["o_proj"].basis
     attention = plain.model.layers[0].self_attn
     for name in ("q_proj", "k_proj", "v_proj"):
         expected = getattr(attention, name).weight.grad @ basis
         torch.testing.assert_close(layers[name].leaf.grad, expected, rtol=1e-4, atol=1e-6)
-    assert layers["k_proj"].sketch_leaf.grad is None, "the query's heads alone are asked"
+    assert layers["k_proj"].source.leaf.grad is None, "the query's heads alone are asked"
     model.galore_fx.optimizer.step()
     expected = exact_basis(attention.q_proj.weight.grad[features], 8, query.dim)
     torch.testing.assert_close(_span(query.basis), _span(expected), atol=1e-3, rtol=0)
@@ -257,7 +259,7 @@ def test_a_basis_is_not_exchanged_in_the_middle_of_a_window(cross_head):
     model.galore_fx.optimizer.step()
     train(model, ids)
     assert key.basis_owner is None, "an update has used its own basis"
-    assert layers["q_proj"].heads is not None
+    assert isinstance(layers["q_proj"].source, HeadBasis)
 
 
 def test_keys_of_another_rank_keep_their_basis_and_are_named():

@@ -11,8 +11,9 @@ from galore_fx.passes.model_graph.order_consumers import order_consumers
 from galore_fx.runtime.layers.gradient_consumer import consume_gradient
 from galore_fx.runtime.subspace import factored_gradient
 from galore_fx.runtime.subspace.bases import sketch_of
+from galore_fx.runtime.subspace.basis_iteration import IteratedBasis
 from galore_fx.runtime.subspace.factored_gradient import GradientProduct
-from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace.projected_parameter import GradientForm
 from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama, train
 
@@ -200,11 +201,10 @@ def test_a_weight_frozen_after_compile_stays():
 def test_the_sketch_from_factors_is_that_of_the_full_gradient(dim):
     product = GradientProduct(torch.randn(9, 12), torch.randn(9, 10))
     basis = torch.linalg.qr(torch.randn(dim.basis_shape((12, 10), 3))).Q
-    record = ProjectedParameter.create("w", nn.Parameter(torch.randn(12, 10)), dim, 3, basis)
-    record.oversample(2)
-    record.draw(5)
-    found = product.refresh_of(record, product.projected(basis, dim))
-    start = torch.cat([basis, record.sketch_columns], dim=1)
+    source = IteratedBasis(torch.randn(12, 10), basis, num_columns=2)
+    source.draw(5)
+    found = product.delivered_for(source, product.projected(basis, dim), dim)
+    start = torch.cat([basis, source.columns], dim=1)
     torch.testing.assert_close(found, sketch_of(product.formed(), start, dim))
 
 

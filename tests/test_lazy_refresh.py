@@ -7,6 +7,7 @@ from hypothesis import given
 
 import galore_fx
 from galore_fx.runtime.subspace.bases import exact_basis, random_basis, sketch_of
+from galore_fx.runtime.subspace.projected_parameter import GradientForm
 from galore_fx.runtime.subspace.projection import ProjectedDim, project
 from galore_fx.runtime.subspace.refresh_criteria import LazyGaps, first_vector_cosine, gradient_overlap, sketch_overlap
 from galore_fx.runtime.subspace.refresh_queue import FixedSchedule, RefreshLimits, RefreshQueue
@@ -81,7 +82,7 @@ def run(stable, num_updates=200, gap=5, queue_size=2, largest=8, limit=None):
         queue.admit(update)
         for key in queue.turn():
             if queue.measures(update):
-                queue.note_stability(key, float(key in stable))
+                queue.criterion.saw_refresh(key, float(key in stable))
             times[key].append(update)
             queue.finish(key)
     return times
@@ -99,13 +100,13 @@ def test_a_layer_takes_the_refreshing_form_as_a_whole_and_renews_what_is_due():
     )
     optimizer, ids = model.galore_fx.optimizer, batches(1)[0]
     records = list(optimizer.records)
-    lazy = optimizer.refreshes.queue.lazy
+    lazy = optimizer.refreshes.queue.criterion
     lazy.gaps = {id(record.weight): 100 for record in records[1:]}
     for _ in range(2):
         backward(model, ids)
         optimizer.step()
     bases = [record.basis.clone() for record in records]
-    assert {record.form for record in records} == {records[0].refresh_form}, "all deliver full gradients"
+    assert {record.form for record in records} == {GradientForm.FULL}, "all deliver full gradients"
     backward(model, ids)
     optimizer.step()
     changed = [not torch.equal(record.basis, before) for record, before in zip(records, bases, strict=True)]

@@ -26,7 +26,7 @@ def test_a_direction_that_stays_is_renewed_and_one_that_turns_is_not():
     for update in range(8):
         criterion.note(0, 3.0 * direction(0.01 * update), first[0])
         criterion.note(1, 0.5 * direction(0.3 * update), first[1])
-        assert criterion.due == ({0} if update >= 3 else set())
+        assert criterion.used_up == ({0} if update >= 3 else set())
     torch.testing.assert_close(first[0], direction(0.0))
     assert criterion.take() == {0} and criterion.take() == set()
     criterion.restart(0)
@@ -55,7 +55,7 @@ def test_after_the_first_updates_only_the_criterion_makes_a_weight_due():
         for key in turns[-1]:
             queue.finish(key)
         if update == 6:
-            queue.displacement.due.add(1)
+            queue.criterion.used_up.add(1)
     assert turns == [{0, 1}, {0, 1}] + 5 * [set()] + [{1}] + 4 * [set()]
 
 

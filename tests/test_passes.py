@@ -15,8 +15,10 @@ from galore_fx.passes.model_graph.project_gradients import ProjectionTarget, pro
 from galore_fx.passes.model_graph.region_compiler import copy_graph
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import run_passes
-from galore_fx.runtime.layers.projected_linear import ProjectedLinear
+from galore_fx.runtime.layers.projected_linear import ProjectedLinear, Settings
 from galore_fx.runtime.subspace.bases import random_basis, sketch
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
+from galore_fx.runtime.subspace.basis_iteration import IteratedBasis
 from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
 from galore_fx.runtime.subspace.projection import ProjectedDim, project, projected_gradient
 from tests.models import gpt2, llama
@@ -62,8 +64,8 @@ def test_what_is_not_a_linear_of_an_input_is_not_found():
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dim", list(ProjectedDim))
-@pytest.mark.parametrize("form", [GradientForm.PROJECTED, GradientForm.SKETCHED, GradientForm.HEADS])
-def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias, dim, form):
+@pytest.mark.parametrize("delivers", ["R", "R and a sketch", "R and some heads"])
+def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias, dim, delivers):
     plain, given = two_linears(bias), values()
     plain(*given.values())[0].square().sum().backward()
     gm = two_linears(bias)
@@ -71,11 +73,13 @@ def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias
     for index, name in ((1, "w"), (3, "v")):
         weight = nn.Parameter(given[name].detach())
         basis = random_basis(dim.basis_shape(tuple(weight.shape), 2), torch.Generator().manual_seed(1))
-        record = ProjectedParameter.create(name, weight, dim, 2, basis)
-        record.form = form
-        if form is GradientForm.HEADS:
-            record.share_heads(((0, 2), (1, 3)))  # features of the dimension that is not projected
-        targets.append(ProjectionTarget(index, name, dim, tuple(record.graph_inputs(form))))
+        source = IteratedBasis(weight, basis)
+        if delivers == "R and some heads":
+            source = HeadBasis(weight, ((0, 2), (1, 3)), 2, dim, 0)  # features of the dimension that is not projected
+        record = ProjectedParameter.create(name, weight, dim, 2, basis, source)
+        form = GradientForm.PROJECTED if delivers == "R" else GradientForm.REFRESHING
+        inputs = tuple(record.graph_inputs(form))
+        targets.append(ProjectionTarget(index, name, dim, inputs, source=source.name))
         extra.append(record)
     gm = project_gradients(gm, (), targets=targets)
     again = values()
@@ -90,12 +94,13 @@ def test_project_gradients_delivers_what_projecting_the_full_gradient_would(bias
         grad = given[record.name].grad
         assert again[record.name].grad is None
         torch.testing.assert_close(record.leaf.grad, project(grad, record.basis, dim), rtol=1e-4, atol=1e-4)
-        if form is GradientForm.SKETCHED:
+        if delivers == "R and a sketch":
             gram = grad @ grad.T if dim is ProjectedDim.ROWS else grad.T @ grad
-            torch.testing.assert_close(record.sketch_leaf.grad, gram @ record.basis, rtol=1e-4, atol=1e-4)
-        if form is GradientForm.HEADS:
-            drawn = grad[record.heads.features] if dim is ProjectedDim.COLS else grad[:, record.heads.features]
-            torch.testing.assert_close(record.sketch_leaf.grad, drawn, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(record.source.leaf.grad, gram @ record.basis, rtol=1e-4, atol=1e-4)
+        if delivers == "R and some heads":
+            features = record.source.heads.features
+            drawn = grad[features] if dim is ProjectedDim.COLS else grad[:, features]
+            torch.testing.assert_close(record.source.leaf.grad, drawn, rtol=1e-4, atol=1e-4)
 
 
 def test_project_gradients_without_targets_changes_nothing():
@@ -122,7 +127,7 @@ def test_gradcheck_of_the_input_and_bias():
 
     def function(x, b):
         return ProjectedLinear.apply(
-            x, w.detach(), b, basis, leaf, *(None,) * 6, WeightLayout.OUT_IN, ProjectedDim.COLS
+            x, w.detach(), b, basis, leaf, *(None,) * 4, Settings(WeightLayout.OUT_IN, ProjectedDim.COLS, "", ())
         )
 
     assert torch.autograd.gradcheck(function, (x, b))

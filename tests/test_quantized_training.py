@@ -41,7 +41,7 @@ def quantized_parameters(model):
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["Llama", "GPT-2"])
 def test_gradients_are_those_of_the_dequantised_model(make):
     model = compiled(make(2), recipe="auto", stagger=False, refresh_gap=1000)
-    forms = (GradientForm.SKETCHED, GradientForm.SKETCHED, GradientForm.PROJECTED)
+    forms = (GradientForm.REFRESHING, GradientForm.REFRESHING, GradientForm.PROJECTED)
     for form, batch in zip(forms, batches(3), strict=True):
         assert {record.form for record in model.galore_fx.optimizer.records} == {form}
         twin = plain_twin(model, lambda: make(2))

@@ -100,7 +100,7 @@ def test_a_random_basis_stays_the_one_that_was_drawn():
     model, _, _ = pair(1e-3, basis="random")
     record = next(iter(model.galore_fx.optimizer.records))
     backward(model, batches(1)[0])
-    expected = random_basis(tuple(record.basis.shape), torch.Generator().manual_seed(record.draw_key & 0xFFFFFFFF))
+    expected = random_basis(tuple(record.basis.shape), torch.Generator().manual_seed(record.source.key & 0xFFFFFFFF))
     model.galore_fx.optimizer.step()
     torch.testing.assert_close(record.basis, expected)
     assert model.galore_fx.stats()["num_refreshes"] == 14

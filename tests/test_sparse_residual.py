@@ -20,6 +20,7 @@ from galore_fx.runtime.remainder.sparse import (
     gradient_at,
     set_at_,
 )
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
 from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import adamw, backward, batches, largest_error, llama
 
@@ -271,7 +272,7 @@ def test_bytes_are_those_of_the_plan_and_the_peak_of_galore_plus_is_predicted():
     plan = galore_fx.plan(llama(1, hidden=128, intermediate=256), sample=sample, optimizer=adamw(), **parts)
     model = galore_fx.compile(llama(1, hidden=128, intermediate=256), optimizer=adamw(), **parts)
     assert counted_peak(model, sample) == plan.peak_bytes
-    assert sum(record.heads is not None for record in model.galore_fx.optimizer.records) == 2
+    assert sum(isinstance(record.source, HeadBasis) for record in model.galore_fx.optimizer.records) == 2
     kept = kept_bytes(model, model.galore_fx.optimizer)
     assert kept["residuals"] == plan.prediction.kept["residuals"] == sum(p.bytes["residuals"] for p in plan.parameters)
     assert kept["residuals"] == sum(m // 64 * k * 4 for m, k in SHAPES) + 7 * 4

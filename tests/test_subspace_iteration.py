@@ -19,7 +19,7 @@ def test_a_refresh_sketches_the_random_columns_too():
     backward(plain, ids)
     grads = {name: p.grad for name, p in plain.named_parameters()}
     records = list(model.galore_fx.optimizer.records)
-    before = {r.name: (r.basis.clone(), r.sketch_columns.clone()) for r in records}
+    before = {r.name: (r.basis.clone(), r.source.columns.clone()) for r in records}
     train(model, [ids])
     for record in records:
         old, columns = before[record.name]
@@ -39,7 +39,7 @@ def test_galore2_equals_a_plain_loop_in_the_same_bases():
     reference = PlainGaLore([parameters[name] for name in records], others, rank=8, gap=None, scale=0.25, lr=1e-3)
     for batch in batches(10):
         for name, record in records.items():
-            assert record.sketch_columns.shape[1] == 8
+            assert record.source.columns.shape[1] == 8
             reference.bases[parameters[name]] = record.basis.clone()
         train(model, [batch])
         backward(plain, batch)

@@ -16,10 +16,12 @@ from galore_fx.runtime.remainder.sparse import SparseResidual
 from galore_fx.runtime.step.late_parameters import parameters_of
 from galore_fx.runtime.step.subspace_optimizer import SubspaceOptimizer
 from galore_fx.runtime.subspace.bases import random_basis
+from galore_fx.runtime.subspace.basis_svd import ExactBases
 from galore_fx.runtime.subspace.projected_parameter import REGISTRY, ProjectedParameter
 from galore_fx.runtime.subspace.projection import ProjectedDim
-from galore_fx.runtime.subspace.refresh_criteria import Displacement, LazyGaps
+from galore_fx.runtime.subspace.refresh_criteria import Displacement, LazyGaps, RefreshCriterion
 from galore_fx.runtime.subspace.refresh_queue import SUBSPACE_ITERATION_WARM_UP, FixedSchedule
+from galore_fx.runtime.subspace.sources import OF_RECIPE
 
 _SEED = 0
 
@@ -47,6 +49,8 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
     """One record per projected parameter, found by its weight from then on, and the region it belongs to."""
     linears = {w.name: w for region in decisions.regions for w in region.weights}
     generator = torch.Generator().manual_seed(_SEED)
+    recipe = decisions.recipe
+    source_class = OF_RECIPE[recipe.basis]
     records: list[ProjectedParameter] = []
     layers = []
     for entry in decisions.plan.parameters:
@@ -54,31 +58,32 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
             continue
         linear, dim = linears[entry.name], ProjectedDim(entry.dim)
         weight = linear.weight
-        shape = basis_shape((entry.shape[0], entry.shape[1]), dim, entry.rank, decisions.recipe)
-        basis = random_basis(shape, generator).to(weight.device, weight.dtype)
-        if decisions.recipe.basis_bits is not None:
-            basis = QuantizedTensor.of(basis, decisions.recipe.basis_bits)
-        record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis)
-        words = frozenset((decisions.recipe.cross_head or "").split("-"))
+        shape = basis_shape((entry.shape[0], entry.shape[1]), dim, entry.rank, recipe)
+        basis = source_class.first_basis(shape, generator).to(weight.device, weight.dtype)
+        if recipe.basis_bits is not None:
+            basis = QuantizedTensor.of(basis, recipe.basis_bits)
+        source = source_class.create(weight, basis, recipe)
+        right = None
+        if linear.is_factor and recipe.sides == "two":
+            right = random_basis((entry.shape[1], entry.rank), generator).to(weight.device, weight.dtype)
+            source = ExactBases(weight, shape, right)
+        record = ProjectedParameter.create(entry.name, weight, dim, entry.rank, basis, source)
+        words = frozenset((recipe.cross_head or "").split("-"))
         record.shared_roles, record.shares_basis = words - {"", "shared"}, "shared" in words
-        if decisions.recipe.oversampling:
-            record.oversample(min(decisions.recipe.oversampling, shape[0] - entry.rank))
-        record.is_random = decisions.recipe.basis == "random"
         if linear.is_factor:
             record.delivers_full = True
-            if decisions.recipe.sides == "two":
-                right = random_basis((entry.shape[1], entry.rank), generator)
-                record.project_both_sides(right.to(weight.device, weight.dtype))
-        if decisions.recipe.refresh == "lotus":
+            if right is not None:
+                record.project_both_sides(right)
+        if recipe.refresh == "lotus":
             record.first_direction = torch.zeros(record.leaf.shape, dtype=record.leaf.dtype, device=weight.device)
-        if decisions.recipe.residual == "scaled":
+        if recipe.residual == "scaled":
             record.complement_norm, record.consumes = torch.zeros((), device=weight.device), True
-        if decisions.recipe.residual == "sparse":
+        if recipe.residual == "sparse":
             record.residual = SparseResidual.create(
                 weight,
-                decisions.recipe.residual_density,
-                variant=decisions.recipe.residual_variant,
-                warm_up=decisions.recipe.residual_warm_up,
+                recipe.residual_density,
+                variant=recipe.residual_variant,
+                warm_up=recipe.residual_warm_up,
             )
         REGISTRY.add(record)
         records.append(record)
@@ -89,7 +94,7 @@ def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[i
 def _make_optimizer(
     model: nn.Module, decisions: Decisions, records: list[ProjectedParameter], layers: list[int]
 ) -> SubspaceOptimizer:
-    recipe, exact = decisions.recipe, decisions.recipe.basis == "svd"
+    recipe = decisions.recipe
     # A factor's gradient is zero in the first update, where the other factor is.
     is_second_first = recipe.basis == "subspace-iteration" or recipe.weight_norm is not None
     num_initial = max(SUBSPACE_ITERATION_WARM_UP if is_second_first else 1, recipe.iterations)
@@ -107,7 +112,6 @@ def _make_optimizer(
         by_first_vector=recipe.lazy_statistic == "first-vector",
         limits=refresh_limits(recipe),
         costs=refresh_costs(decisions.regions, decisions.plan.parameters, recipe),
-        exact=exact,
         moments_on_refresh=recipe.moments_on_refresh,
         scale=recipe.scale,
         in_backward=recipe.update == "in-backward",
@@ -122,7 +126,9 @@ def _normalized_layers(decisions: Decisions) -> list[NormalizedLinear]:
     return [m for region in decisions.regions for m in region.module.modules() if isinstance(m, NormalizedLinear)]
 
 
-def _criterion(recipe: Recipe) -> LazyGaps | Displacement | None:
+def _criterion(recipe: Recipe) -> RefreshCriterion:
     if recipe.refresh == "lazy":
         return LazyGaps(recipe.refresh_gap, recipe.lazy_threshold, recipe.lazy_queue, recipe.lazy_limit)
-    return Displacement(recipe.lotus_threshold, recipe.lotus_interval) if recipe.refresh == "lotus" else None
+    if recipe.refresh == "lotus":
+        return Displacement(recipe.lotus_threshold, recipe.lotus_interval)
+    return RefreshCriterion()

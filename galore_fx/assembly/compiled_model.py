@@ -12,6 +12,8 @@ from galore_fx.errors import UsageError
 from galore_fx.recipes.recipe import Recipe
 from galore_fx.runtime.step.subspace_optimizer import SubspaceOptimizer
 from galore_fx.runtime.step.weight_rounding import is_narrow
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
+from galore_fx.runtime.subspace.basis_source import SharedBasis
 
 COPY_MESSAGE = (
     "this is a copy of a model compiled by galore_fx; the copy is a plain model that no galore_fx optimizer trains. "
@@ -25,7 +27,10 @@ class Compiled:
     Attributes:
         optimizer: the ``torch.optim.Optimizer`` to step.
         plan: what was decided for each parameter.
+        trains_its_model: True; a copy of a compiled model has another object in this one's place.
     """
+
+    trains_its_model = True
 
     def __init__(self, assembled: Assembled) -> None:
         self.optimizer = assembled.optimizer
@@ -68,7 +73,7 @@ class Compiled:
             **vars(optimizer.counters),
             "refresh_time_s": optimizer.refreshes.time_s,
             "refresh_queue": _waiting(optimizer, self.plan.regions),
-            **_lazy_stats(optimizer),
+            **optimizer.refreshes.queue.criterion.stats({id(r.weight): r.name for r in optimizer.records}),
             **_recipe_stats(optimizer, self.plan.recipe),
             **_movement(optimizer),
             "late_parameters": list(optimizer.late.names),
@@ -102,19 +107,12 @@ def _waiting(optimizer: SubspaceOptimizer, blocks: Sequence[str]) -> list[dict[s
     ]
 
 
-def _lazy_stats(optimizer: SubspaceOptimizer) -> dict[str, Any]:
-    lazy = optimizer.refreshes.queue.lazy
-    if lazy is None:
-        return {}
-    names = {id(record.weight): record.name for record in optimizer.records}
-    latest = {names[key]: values[-1] for key, values in lazy.stabilities.items()}
-    return {"refresh_gap": {name: lazy.gap_of(key) for key, name in names.items()}, "stability": latest}
-
-
 def _recipe_stats(optimizer: SubspaceOptimizer, recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if recipe.cross_head is not None:
-        found["cross_head"] = [record.name for record in optimizer.records if record.heads is not None]
+        found["cross_head"] = [
+            record.name for record in optimizer.records if isinstance(record.source, HeadBasis | SharedBasis)
+        ]
     residuals = [record.residual for record in optimizer.records if record.residual is not None]
     if residuals:
         found["residual_is_learning"] = any(residual.is_learning for residual in residuals)

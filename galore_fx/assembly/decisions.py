@@ -6,11 +6,11 @@ import warnings
 from torch import nn
 from torch.optim import Optimizer
 
-from galore_fx.assembly.compiled_model import Compiled
 from galore_fx.assembly.device_memory import available_bytes
 from galore_fx.assembly.plan_parameters import fixed_bytes, plan_parameters
 from galore_fx.assembly.refresh_cost import refresh_costs
 from galore_fx.assembly.request import Request
+from galore_fx.assembly.user_model import check_model
 from galore_fx.assembly.user_optimizer import OptimizerChoice, resolve_optimizer
 from galore_fx.errors import ModelError, SettingError
 from galore_fx.passes.model_graph.find_regions import Region, find_regions
@@ -56,15 +56,7 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
     if request.reserve:
         parse_bytes(request.reserve, "reserve")
     budget = request.budget
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"a {type(model).__name__} is not an nn.Module")
-    if hasattr(model, "_orig_mod"):
-        raise ModelError(
-            "this is what torch.compile returned; give galore_fx.compile the module itself, or use "
-            "torch.compile(model, backend='galore_fx') and galore_fx.optimizer(model)"
-        )
-    if isinstance(getattr(model, "galore_fx", None), Compiled):
-        raise ModelError(f"this {type(model).__name__} is compiled already; compile a fresh or deep-copied one")
+    check_model(model)
     budget_bytes = (
         None if budget is None else available_bytes(model, request.device) if budget == "auto" else parse_bytes(budget)
     )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from galore_fx.assembly.compiled_model import Compiled
 from galore_fx.assembly.request import Request
+from galore_fx.assembly.user_model import is_compiled
 from galore_fx.passes.model_graph.normalize_weights import Normalization, normalize_weights
 from galore_fx.recipes.presets import resolve_recipe
 
@@ -26,7 +26,7 @@ def normalized(model: nn.Module, request: Request) -> Iterator[tuple[Request, No
         The request about the model as it is now, whose rank is settled; and the normalisation, None for none.
     """
     recipe = resolve_recipe(request.recipe, request.overrides)
-    is_plain = isinstance(model, nn.Module) and not isinstance(getattr(model, "galore_fx", None), Compiled)
+    is_plain = isinstance(model, nn.Module) and not is_compiled(model)
     if recipe.weight_norm is None or not is_plain or hasattr(model, "_orig_mod"):
         yield request, None
         return

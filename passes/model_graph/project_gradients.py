@@ -44,6 +44,7 @@ class ProjectionTarget:
             a weight that wants its full gradient is no target.
         basis_of: the weight, by its placeholder, whose basis is this one's; a target too. None for its own.
         is_consumed: whether it is updated in the backward.
+        source: name of the source of its next basis, where a refreshing graph is wanted.
     """
 
     placeholder: int
@@ -52,6 +53,7 @@ class ProjectionTarget:
     inputs: tuple[str, ...]
     basis_of: int | None = None
     is_consumed: bool = False
+    source: str = ""
 
 
 def project_gradients(
@@ -86,9 +88,9 @@ def project_gradients(
             new = {"basis": made[target.basis_of]["basis"], **new}
         for site in uses:
             if isinstance(site, AttentionSite):
-                _replace_in_attention(site, (new, target.dim.value))
+                _replace_in_attention(site, (new, target.dim.value, target.source))
             else:
-                _replace_linear(gm.graph, site, new, target.dim)
+                _replace_linear(gm.graph, site, new, target)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     note_effect(gm, _effect(targets, len(placeholders), example_inputs))
@@ -98,7 +100,7 @@ def project_gradients(
 def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs: Sequence[Any]) -> Effect:
     """Bytes of the gradients that leave the graph, where the examples of all its inputs are at hand."""
     what = "weights whose gradient leaves as R"
-    if any("sketch_leaf" in target.inputs for target in targets):
+    if any("source_leaf" in target.inputs for target in targets):
         what += " with the next basis's sketch"
     if any("residual_leaf" in target.inputs for target in targets):
         what += " and some entries of G"
@@ -128,9 +130,10 @@ def _other_readers(weight: fx.Node, uses: list[LinearSite | AttentionSite]) -> l
     return [reader for reader in readers if reader not in products | transposed]
 
 
-def _replace_linear(graph: fx.Graph, site: LinearSite, inputs: dict[str, fx.Node], dim: ProjectedDim) -> None:
+def _replace_linear(graph: fx.Graph, site: LinearSite, inputs: dict[str, fx.Node], target: ProjectionTarget) -> None:
     site = read_product(site.node)  # as it is now: a linear before it may have been replaced
-    arguments: tuple[Any, ...] = (site.input, site.weight, site.bias, inputs, site.layout.value, dim.value)
+    arguments: tuple[Any, ...] = (site.input, site.weight, site.bias, inputs, site.layout.value)
+    arguments += (target.dim.value, target.source)
     with graph.inserting_before(site.node):
         node = graph.call_function(projected_linear, arguments)
     node.meta = {key: site.node.meta[key] for key in _KEPT_META if key in site.node.meta}

@@ -29,6 +29,7 @@ from galore_fx.passes.model_graph.share_bases import owner_place, share_bases, w
 from galore_fx.passes.model_graph.slice_single_indices import slice_single_indices
 from galore_fx.passes.pass_runner import GraphPass, PassRecord, run_passes
 from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor, gradient_leaf
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
 from galore_fx.runtime.subspace.projected_parameter import REGISTRY, GradientForm, ProjectedParameter
 from galore_fx.runtime.torch_private import (
     FakeTensorMode,
@@ -191,9 +192,9 @@ class CapturedRegion:
                 record.form = GradientForm.FULL  # for this window
             if record is not None and record.is_hooked:
                 record.form = GradientForm.FULL  # a hook of the user's is to see the gradient
-            if record is not None and record.shared_roles and record.heads is None and not record.is_underway:
+            if record is not None and record.shared_roles and not _has_heads(record) and not record.is_underway:
                 self._share_heads(placeholder, record)
-                new += [placeholder] if record.heads is not None else []
+                new += [placeholder] if _has_heads(record) else []
         if new:
             share_bases(new, dict(zip(self.parameters, found, strict=True)), self._same_inputs, self.heads)
         return found
@@ -210,7 +211,7 @@ class CapturedRegion:
         """Lets the heads of a weight share a basis, if the graph shows that it has such heads."""
         heads = shared_heads(self.heads, placeholder, record.shared_roles, record.rank)
         if heads is not None:
-            record.share_heads(heads)
+            record.take_source(HeadBasis(record.weight, heads, record.rank, record.dim, record.source.key))
             return
         record.shared_roles = frozenset()  # an ordinary matrix
         if not self.heads and not self._has_named_heads:
@@ -297,6 +298,7 @@ class CapturedRegion:
                 tuple(weight_inputs(record, form, records)),
                 None if (place := owner_place(record, records)) is None else self.parameters[place],
                 form is GradientForm.CONSUMED,
+                record.source.name,
             )
             for index, record, form in wanted
         ]
@@ -317,6 +319,10 @@ class CapturedRegion:
         # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
         unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
         return gm.forward if unchecked else compiled
+
+
+def _has_heads(record: ProjectedParameter) -> bool:
+    return isinstance(record.source, HeadBasis)
 
 
 def _fake_like(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import Tensor
 
 from galore_fx.passes.model_graph.group_heads import HeadGroup
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
+from galore_fx.runtime.subspace.basis_source import SharedBasis
 from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
 
 Records = Mapping[int, ProjectedParameter | None]
@@ -66,4 +68,4 @@ def owner_place(record: ProjectedParameter | None, records: Sequence[object]) ->
 
 
 def _is_candidate(record: ProjectedParameter | None) -> bool:
-    return record is not None and record.shares_basis and record.heads is not None
+    return record is not None and record.shares_basis and isinstance(record.source, HeadBasis | SharedBasis)

@@ -90,7 +90,9 @@ def _transposed(weight: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
 
 def _product(record: ProjectedParameter, out_in: bool, x: Tensor, bias: Tensor | None) -> Tensor:
     layout = WeightLayout.OUT_IN if out_in else WeightLayout.IN_OUT
-    return projected_linear(x, record.weight, bias, record.graph_inputs(record.form), layout.value, record.dim.value)
+    return projected_linear(
+        x, record.weight, bias, record.graph_inputs(record.form), layout.value, record.dim.value, record.source.name
+    )
 
 
 def _linear(func: Callable[..., Any], input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:  # noqa: A002
@@ -114,7 +116,7 @@ def _attention(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     for name, value in arguments.items():
         found = _record_of(value) if isinstance(value, nn.Parameter) else None
         if found is not None:
-            projections[name] = (found[0].graph_inputs(found[0].form), found[0].dim.value)
+            projections[name] = (found[0].graph_inputs(found[0].form), found[0].dim.value, found[0].source.name)
     return projected_attention(projections, **arguments) if projections else func(*args, **kwargs)
 
 

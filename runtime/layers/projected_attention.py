@@ -20,8 +20,8 @@ from galore_fx.runtime.remainder.sparse import BLOCK_ROWS, num_blocks
 from galore_fx.runtime.subspace.projection import ProjectedDim
 from galore_fx.runtime.torch_private import attention_with_linear
 
-# What the weight's record gives, as ``projected_linear`` takes it, and the value of a ``ProjectedDim``.
-Projection = tuple[Mapping[str, Tensor], str]
+# What the weight's record gives, as ``projected_linear`` takes it, the value of a ``ProjectedDim``, and the source.
+Projection = tuple[Mapping[str, Tensor], str, str]
 
 
 def projected_attention(projections: Mapping[str, Projection], **arguments: Any) -> Any:
@@ -45,6 +45,7 @@ class _Projected:
     weight: Tensor
     inputs: Mapping[str, Tensor]
     dim: str
+    source: str
 
     def split(self, sizes: list[int]) -> Any:
         splits_blocks = "residual_leaf" in self.inputs and any(size % BLOCK_ROWS for size in sizes[:-1])
@@ -72,7 +73,7 @@ class _Projected:
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, _Projected):
         return _PLAIN_LINEAR(x, weight, bias)  # type: ignore[no-any-return]
-    return projected_linear(x, weight.weight, bias, weight.inputs, WeightLayout.OUT_IN.value, weight.dim)
+    return projected_linear(x, weight.weight, bias, weight.inputs, WeightLayout.OUT_IN.value, weight.dim, weight.source)
 
 
 _ATTENTION, _PLAIN_LINEAR = attention_with_linear(_linear)

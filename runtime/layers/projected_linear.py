@@ -18,7 +18,7 @@ Not handled: double backward, forward-mode differentiation.
 
 import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,12 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from galore_fx.runtime.layers.gradient_consumer import consume_gradient
 from galore_fx.runtime.remainder.sparse import gradient_at
-from galore_fx.runtime.subspace.bases import sketch
-from galore_fx.runtime.subspace.head_basis import gradient_of_heads
 from galore_fx.runtime.subspace.projection import ProjectedDim, projected_gradient
-
-# What the record of a weight may give, in the order in which ``ProjectedLinear`` takes it.
-_INPUTS = ("basis", "leaf", "sketch_leaf", "sketch_columns", "head_features", "residual_leaf", "residual_columns")
+from galore_fx.runtime.subspace.sources import SOURCES
 
 
 class WeightLayout(enum.Enum):
@@ -41,6 +37,37 @@ class WeightLayout(enum.Enum):
     IN_OUT = "in_out"
 
 
+class Settings(NamedTuple):
+    """What ``ProjectedLinear`` takes besides tensors.
+
+    Attributes:
+        layout: of the weight.
+        dim: the projected dimension.
+        source: what a refreshing backward delivers besides R is made by this source of bases.
+        extra: names of the tensors that the source takes, which stand at the end.
+    """
+
+    layout: WeightLayout
+    dim: ProjectedDim
+    source: str
+    extra: tuple[str, ...]
+
+
+class Gradients(NamedTuple):
+    """What the backward of ``ProjectedLinear`` returns, in the order of its forward's arguments."""
+
+    x: Tensor | None
+    weight: None = None
+    bias: Tensor | None = None
+    basis: None = None
+    leaf: Tensor | None = None
+    source_leaf: Tensor | None = None
+    residual_leaf: Tensor | None = None
+    residual_columns: None = None
+    consumed: None = None
+    settings: None = None
+
+
 def projected_linear(
     x: Tensor,
     weight: Tensor,
@@ -48,6 +75,7 @@ def projected_linear(
     inputs: Mapping[str, Tensor],
     layout: str,
     dim: str,
+    source: str,
 ) -> Tensor:
     """A linear layer as a graph calls it: ``ProjectedLinear`` with its settings as text, and autocast obeyed.
 
@@ -56,13 +84,13 @@ def projected_linear(
         weight: W, (out, in) or (in, out) as ``layout`` says; gets no gradient.
         bias: what is added to the product: (out,), or None.
         inputs: what the weight's record gives for the form that is wanted, by name. ``basis``: P, (m, r) or (n, r).
-            ``leaf``: Z, shape of R; its gradient is R. ``sketch_leaf``, if given: shape of P, its gradient is the
-            sketch of the next basis; with ``head_features``, (k,): shape of the gradient of these features, which is
-            its own; with ``sketch_columns``, (m, p) or (n, p): (m, r + p) or (n, r + p), the sketch of these too.
-            ``residual_leaf`` and ``residual_columns``, (m, k): its gradient is G at these entries. The leaf alone:
-            the weight is updated in the backward.
+            ``leaf``: Z, shape of R; its gradient is R. ``source_leaf``, if given: its gradient is what the source of
+            the next basis makes of the factors, from the tensors that are not named here. ``residual_leaf`` and
+            ``residual_columns``, (m, k): its gradient is G at these entries. The leaf alone: the weight is updated in
+            the backward.
         layout: value of a ``WeightLayout``.
         dim: value of a ``ProjectedDim``.
+        source: name of a ``BasisSource``.
 
     Returns:
         Y, (..., out).
@@ -72,12 +100,20 @@ def projected_linear(
         # As autocast does for a linear layer; R is computed in that precision, and cast to its leaf's by autograd.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.detach().to(dtype)
-        cast = {name: inputs[name].to(dtype) for name in ("basis", "sketch_columns") if name in inputs}
-        inputs = {**inputs, **cast}
+        inputs = {name: _cast(name, value, dtype) for name, value in inputs.items()}
         bias = None if bias is None else bias.to(dtype)
-    extra = (inputs.get(name) for name in _INPUTS)
-    out: Tensor = ProjectedLinear.apply(x, weight, bias, *extra, consumed, WeightLayout(layout), ProjectedDim(dim))
+    own = (inputs.get(name) for name in _OWN_INPUTS)
+    extra = tuple(name for name in inputs if name not in _OWN_INPUTS)
+    settings = Settings(WeightLayout(layout), ProjectedDim(dim), source, extra)
+    out: Tensor = ProjectedLinear.apply(x, weight, bias, *own, consumed, settings, *(inputs[name] for name in extra))
     return out
+
+
+_OWN_INPUTS = ("basis", "leaf", "source_leaf", "residual_leaf", "residual_columns")
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value if name.endswith("leaf") or not value.is_floating_point() else value.to(dtype)
 
 
 class ProjectedLinear(torch.autograd.Function):
@@ -90,17 +126,15 @@ class ProjectedLinear(torch.autograd.Function):
         bias: Tensor | None,
         basis: Tensor | None,
         leaf: Tensor,
-        sketch_leaf: Tensor | None,
-        sketch_columns: Tensor | None,
-        head_features: Tensor | None,
+        source_leaf: Tensor | None,
         residual_leaf: Tensor | None,
         residual_columns: Tensor | None,
         consumed: Tensor | None,
-        layout: WeightLayout,
-        dim: ProjectedDim,
+        settings: Settings,
+        *extra: Tensor,
     ) -> Tensor:
         """Y, (..., out)."""
-        if layout is WeightLayout.OUT_IN:
+        if settings.layout is WeightLayout.OUT_IN:
             return torch.nn.functional.linear(x, weight, bias)
         if bias is None:
             return x @ weight
@@ -109,37 +143,32 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
-        x, weight, bias, basis, leaf, sketch_leaf, sketch_columns, head_features, _, residual_columns = inputs[:10]
-        consumed, layout, dim = inputs[10:]
+        x, weight, bias, basis, leaf, source_leaf, _, residual_columns, consumed, settings, *extra = inputs
         consumer = (None, None) if consumed is None else (consumed, leaf)
-        ctx.save_for_backward(x, weight, basis, sketch_columns, head_features, residual_columns, *consumer)
+        ctx.save_for_backward(x, weight, basis, *extra, residual_columns, *consumer)
         ctx.bias_shape = None if bias is None else bias.shape
-        ctx.layout, ctx.dim, ctx.sketched = layout, dim, sketch_leaf is not None
+        ctx.settings, ctx.refreshing = settings, source_leaf is not None
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """dX, None for W, db, None for P, R, the sketch or the heads' gradient, and entries of G for their leaves."""
-        x, weight, basis, sketch_columns, head_features, residual_columns, consumed, leaf = ctx.saved_tensors
+        """dX, db, R for the leaf, and for their leaves what the next basis is found from and entries of G."""
+        x, weight, basis, *extra, residual_columns, consumed, leaf = ctx.saved_tensors
+        layout, dim, source, names = ctx.settings
         grad_input = None
         if ctx.needs_input_grad[0]:
-            grad_input = grad_output @ (weight if ctx.layout is WeightLayout.OUT_IN else weight.T)
+            grad_input = grad_output @ (weight if layout is WeightLayout.OUT_IN else weight.T)
         inputs = x.reshape(-1, x.shape[-1])
         outputs = grad_output.reshape(-1, grad_output.shape[-1])
-        rows, cols = (outputs, inputs) if ctx.layout is WeightLayout.OUT_IN else (inputs, outputs)
+        rows, cols = (outputs, inputs) if layout is WeightLayout.OUT_IN else (inputs, outputs)
         grad_bias = outputs.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[2] else None
         if consumed is not None:
-            projected = consume_gradient(rows, cols, consumed, leaf, [])
-            return grad_input, None, grad_bias, None, projected, *(None,) * 8
-        projected = projected_gradient(rows, cols, basis, ctx.dim)
-        next_basis = None
-        if ctx.sketched and head_features is not None:
-            next_basis = gradient_of_heads(rows, cols, head_features, ctx.dim)
-        elif ctx.sketched:
-            start = projected
-            if sketch_columns is not None:
-                extra = projected_gradient(rows, cols, sketch_columns, ctx.dim)
-                start = torch.cat([projected, extra], dim=0 if ctx.dim is ProjectedDim.ROWS else 1)
-            next_basis = sketch(rows, cols, start, ctx.dim)
+            consumed_gradient = consume_gradient(rows, cols, consumed, leaf, [])
+            return (*Gradients(grad_input, bias=grad_bias, leaf=consumed_gradient), *(None for _ in names))
+        projected = projected_gradient(rows, cols, basis, dim)
+        delivered = None
+        if ctx.refreshing:
+            delivered = SOURCES[source].deliver(rows, cols, projected, dict(zip(names, extra, strict=True)), dim)
         entries = None if residual_columns is None else gradient_at(rows, cols, residual_columns)
-        return grad_input, None, grad_bias, None, projected, next_basis, None, None, entries, *(None,) * 4
+        gradients = Gradients(grad_input, bias=grad_bias, leaf=projected, source_leaf=delivered, residual_leaf=entries)
+        return (*gradients, *(None for _ in names))

@@ -130,7 +130,7 @@ class BackwardUpdates:
         if not (accumulates(record.leaf) or accumulates(parameter)):
             return projected
         is_due = self._refreshes.is_due(record) and record.basis_owner is None
-        is_sketched = is_due and not record.is_random and record.refresh_form is not GradientForm.FULL
+        is_sketched = is_due and record.source.looks_at_gradient and not record.source.needs_full
         if not parameter.requires_grad:
             if is_sketched:  # for those that share its basis
                 self._keep_sketch(record, product, projected)
@@ -139,7 +139,7 @@ class BackwardUpdates:
         self._refuse_second(parameter)
         self._consumed.add(id(parameter))
         waits = record.num_uses > 1 or record.form is not GradientForm.CONSUMED
-        if waits or (is_due and record.refresh_form is GradientForm.FULL):
+        if waits or (is_due and record.source.needs_full):
             grad = product.formed().to(parameter.dtype)
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
             if not waits:
@@ -153,7 +153,8 @@ class BackwardUpdates:
         return projected
 
     def _keep_sketch(self, record: ProjectedParameter, product: GradientProduct, projected: Tensor) -> None:
-        record.sketch_leaf.grad = product.refresh_of(record, projected).to(record.leaf.dtype)
+        delivered = product.delivered_for(record.source, projected, record.dim)
+        record.source.leaf.grad = delivered.to(record.leaf.dtype)
         self._refreshes.keep_sketch(record)
 
     def _finish(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 from galore_fx.runtime.subspace.refresher import BasisRefresh
 
 
@@ -54,7 +54,7 @@ class DeferredGradients:
     def _full_gradients_are_finite(self) -> bool:
         """Whether nothing keeps a step from following on the bases that full gradients are about to renew."""
         records = self._records.values()
-        if not any(record.refresh_form is GradientForm.FULL and self._refreshes.is_due(record) for record in records):
+        if not any(record.source.needs_full and self._refreshes.is_due(record) for record in records):
             return True
         full = [record.weight.grad for record in records if record.weight.grad is not None]
         others = [holder.grad for holder in self.holders() if holder.grad is not None]

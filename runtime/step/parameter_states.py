@@ -9,6 +9,7 @@ from torch import Tensor
 from galore_fx.runtime.formats.state_format import RESIDUAL, SCALES
 from galore_fx.runtime.remainder.warm_up import new_residual_state
 from galore_fx.runtime.step.update_protocol import Updates
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
 from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 
 
@@ -38,7 +39,7 @@ class ParameterStates:
         for record in self._records.values():
             if record.basis_owner is not None:
                 self._states[record.weight]["basis"] = record.basis
-            elif record.heads is None:
+            elif not isinstance(record.source, HeadBasis):
                 record.shares_basis = False
 
     def settings(self, group: dict[str, Any]) -> Any:

@@ -35,8 +35,8 @@ from galore_fx.runtime.step.state_dict import STATE_VERSION, restore
 from galore_fx.runtime.step.update_protocol import Updates
 from galore_fx.runtime.step.weight_rounding import WeightRounding
 from galore_fx.runtime.subspace.moment_transfer import reset_moments, rotate_moments, rotation_between
-from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
-from galore_fx.runtime.subspace.refresh_criteria import Displacement, LazyGaps
+from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
+from galore_fx.runtime.subspace.refresh_criteria import RefreshCriterion
 from galore_fx.runtime.subspace.refresh_queue import FixedSchedule, RefreshCost, RefreshLimits, RefreshQueue
 from galore_fx.runtime.subspace.refresher import BasisRefresh, Observer
 
@@ -54,10 +54,9 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         records: the projected parameters.
         layers: for each record, the index of its region; regions take turns in refreshing.
         schedule: when they are due.
-        criterion: the bases' own gaps, or what tells that one has been used up; None where all have the schedule's gap.
+        criterion: decides with the schedule which bases are due.
         by_first_vector: measure stability by the first vectors of two bases and not by their overlap.
         limits: of what may refresh in the same update; costs: of each region's refresh.
-        exact: exact SVD instead of subspace iteration.
         moments_on_refresh: "keep", "rotate" or "reset": what becomes of a weight's states with a new basis.
         scale: factor of back-projected updates.
         in_backward: update inside the backward.
@@ -76,11 +75,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         records: list[ProjectedParameter],
         layers: list[int],
         schedule: FixedSchedule,
-        criterion: LazyGaps | Displacement | None,
+        criterion: RefreshCriterion,
         by_first_vector: bool,
         limits: RefreshLimits,
         costs: Mapping[int, RefreshCost],
-        exact: bool,
         moments_on_refresh: str,
         scale: float,
         in_backward: bool,
@@ -131,8 +129,6 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             if parameter.requires_grad:  # groups may list frozen ones
                 self.state[parameter] = self._states.new(parameter)
         self.late = LateParameters(named, self.state, self.param_groups, weak_method(self, "_take_in"))
-        for record in records:
-            record.refresh_form = GradientForm.FULL if exact else GradientForm.SKETCHED
         self._hooked: set[int] = set()
         self._install_hooks()
         self._open_window()
@@ -326,8 +322,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         for parameter in new:
             record = self._records.get(id(parameter))
             if record is not None:
-                record.sketch_hook = weak_hook(self, "_keep_sketch", parameter)
-                record.sketch_leaf.register_post_accumulate_grad_hook(record.sketch_hook)
+                record.source_hook = weak_hook(self, "_keep_sketch", parameter)
+                record.source.leaf.register_post_accumulate_grad_hook(record.source_hook)
             if record is None and misses_some and not self.in_backward:
                 parameter.register_post_accumulate_grad_hook(weak_hook(self._watch, "note", parameter))
         if self.in_backward:

@@ -6,9 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from galore_fx.runtime.subspace.bases import sketch
-from galore_fx.runtime.subspace.head_basis import gradient_of_heads
-from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
+from galore_fx.runtime.subspace.basis_source import BasisSource
 from galore_fx.runtime.subspace.projection import ProjectedDim, projected_gradient, wide_norm
 from galore_fx.runtime.uniform_loop import alike
 
@@ -32,20 +30,17 @@ class GradientProduct:
         """R, (m, r) for COLS, (r, n) for ROWS."""
         return projected_gradient(self.rows, self.cols, basis.to(self.rows.dtype), dim)
 
-    def refresh_of(self, record: ProjectedParameter, projected: Tensor) -> Tensor:
-        """What the next basis is found from: a sketch (m or n, r), or the drawn heads' part of G.
+    def delivered_for(self, source: BasisSource, projected: Tensor, dim: ProjectedDim) -> Tensor:
+        """What the source of the next basis makes of the factors.
 
         Args:
-            record: the weight's, whose refresh is no exact SVD.
+            source: one that looks at the gradient and does not need all of it.
             projected: R.
+            dim: the projected dimension.
         """
-        if record.refresh_form is GradientForm.HEADS and record.heads is not None:
-            return gradient_of_heads(self.rows, self.cols, record.heads.features, record.dim)
-        start = projected.to(self.rows.dtype)
-        if record.sketch_columns is not None:
-            extra = self.projected(record.sketch_columns, record.dim)
-            start = torch.cat([start, extra], dim=0 if record.dim is ProjectedDim.ROWS else 1)
-        return sketch(self.rows, self.cols, start, record.dim)
+        dtype = self.rows.dtype
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in source.extra_inputs().items()}
+        return source.deliver(self.rows, self.cols, projected.to(dtype), inputs, dim)
 
     def energies(self, dim: ProjectedDim) -> Tensor:
         """Squared norms of G's rows, (m, 1) for COLS, or columns, (1, n) for ROWS; float32, a part of G at a time."""

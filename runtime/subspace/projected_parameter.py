@@ -13,12 +13,11 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from galore_fx.runtime.foreign_hooks import has_gradient_hooks
-from galore_fx.runtime.formats.counter_rng import generator_of
-from galore_fx.runtime.subspace.head_basis import SampledHeads
+from galore_fx.runtime.subspace.basis_iteration import IteratedBasis
+from galore_fx.runtime.subspace.basis_source import BasisSource, SharedBasis
 from galore_fx.runtime.subspace.projection import ProjectedDim, project, storage_free_leaf
 
 
@@ -27,10 +26,8 @@ class GradientForm(enum.Enum):
 
     PROJECTED = "projected"
     """R as ``leaf.grad``: the steady state."""
-    SKETCHED = "sketched"
-    """R, and ``G^T G P`` (or ``G G^T P``) as ``sketch_leaf.grad``: one iteration of the subspace method."""
-    HEADS = "heads"
-    """R, and the drawn heads' part of G as ``sketch_leaf.grad``: for a basis that all heads share."""
+    REFRESHING = "refreshing"
+    """R, and as ``source.leaf.grad`` what the source of the next basis makes of the factors: a sketch, a head's G."""
     CONSUMED = "consumed"
     """The weight is updated inside the backward's graph, from dY and X; what leaves it is of no more use."""
     FULL = "full"
@@ -68,25 +65,19 @@ class ProjectedParameter:
         basis: (m, r) for ROWS, (n, r) for COLS, or that of one part (runtime/subspace/projection.py); the weight's
             dtype; changed in place, and replaced only by ``share_basis``.
         leaf: Z, (r, n) for ROWS, (m, r) for COLS; its ``.grad`` is R.
-        sketch_leaf: shape of the basis; its ``.grad`` is the sketch of the next basis. Where heads are drawn, of the
-            shape of their gradient, which is its ``.grad``.
+        source: where the next basis comes from.
         form: what the next forward prepares the backward to deliver.
-        refresh_form: what it is when the basis is due.
         shared_roles: roles whose heads share a basis ("query", ...), if the graph shows such heads in this weight.
         shares_basis: whether the weights of these roles that read the same input are to have one basis; not any more
             once an update has used its own.
         basis_owner: whose basis this one is, None for its own.
-        heads: those that are drawn, once they have been found.
-        draw_key: the number that says what is drawn in this window.
         residual: the entries that are trained at full rank besides, None for none.
-        sketch_hook: to be called with ``sketch_leaf`` when its ``.grad`` is complete.
-        sketch_columns: random columns that are sketched besides the basis, (m, p) or (n, p); None for none.
+        source_hook: to be called with the source's leaf when its ``.grad`` is complete.
         first_direction: the unit projected gradient that followed the basis, where a refresh hangs on it.
         complement_norm: of the last scaled residual, 0-d float32; None where the residual is not scaled.
         consumes: whether the backward's graph hands A and B of ``G = A^T B`` to the update.
         consume: what does the update, and returns a tensor of R's shape.
         num_uses: how often a graph that does so has run forward in this window.
-        is_random: whether a new basis is drawn and not found from a gradient.
         delivers_full: whether the full gradient comes in every backward, since it is small: a factor's.
         right_basis: where both sides are projected, that of the columns, (n, r); ``basis`` is then that of the rows,
             and R is (r, r).
@@ -98,42 +89,42 @@ class ProjectedParameter:
     rank: int
     basis: Tensor
     leaf: Tensor
-    sketch_leaf: Tensor
+    source: BasisSource
     form: GradientForm = GradientForm.PROJECTED
-    refresh_form: GradientForm = GradientForm.SKETCHED
     shared_roles: frozenset[str] = frozenset()
     shares_basis: bool = False
     basis_owner: "ProjectedParameter | None" = None
-    heads: SampledHeads | None = None
-    draw_key: int = 0
     residual: TrainedEntries | None = None
-    sketch_hook: Callable[[Tensor], None] | None = None
-    sketch_columns: Tensor | None = None
+    source_hook: Callable[[Tensor], None] | None = None
     first_direction: Tensor | None = None
     complement_norm: Tensor | None = None
     consumes: bool = False
     consume: Callable[[Tensor, Tensor], Tensor] | None = None
     num_uses: int = 0
-    is_random: bool = False
     delivers_full: bool = False
     right_basis: Tensor | None = None
 
     @classmethod
     def create(
-        cls, name: str, weight: nn.Parameter, dim: ProjectedDim, rank: int, basis: Tensor
+        cls,
+        name: str,
+        weight: nn.Parameter,
+        dim: ProjectedDim,
+        rank: int,
+        basis: Tensor,
+        source: BasisSource | None = None,
     ) -> "ProjectedParameter":
-        """A record with fresh leaves around an existing basis."""
+        """A record with a fresh leaf around an existing basis, whose next one comes from ``source`` or by iteration."""
         shape = (weight.shape[0], weight.shape[1])
         leaf = storage_free_leaf(dim.projected_shape(shape, rank), weight)
-        return cls(name, weight, dim, rank, basis, leaf, storage_free_leaf((basis.shape[0], basis.shape[1]), weight))
+        return cls(name, weight, dim, rank, basis, leaf, source or IteratedBasis(weight, basis))
 
     def graph_key(self, form: GradientForm) -> tuple[object, ...]:
         """What a graph compiled for this form depends on, besides the weight itself."""
-        drawn = self.heads.num_drawn if self.heads is not None and form is GradientForm.HEADS else 0
-        extra = self.sketch_columns.shape[1] if self.sketch_columns is not None else 0
+        refreshing = (self.source.name, self.source.graph_key()) if form is GradientForm.REFRESHING else None
         num_entries = self.residual.columns.shape[1] if self.residual is not None else 0
         bits = getattr(self.basis, "bits", None)
-        return (self.dim, self.basis.shape, form, self.basis.dtype, bits, drawn, num_entries, extra)
+        return (self.dim, self.basis.shape, form, self.basis.dtype, bits, num_entries, refreshing)
 
     def graph_inputs(self, form: GradientForm) -> dict[str, Tensor]:
         """The tensors that a graph of this form takes for this weight, in the order of its extra placeholders."""
@@ -142,13 +133,8 @@ class ProjectedParameter:
         if form is GradientForm.CONSUMED:
             return {"leaf": self.leaf}
         inputs = {"basis": self.basis, "leaf": self.leaf}
-        if form is not GradientForm.PROJECTED:
-            inputs["sketch_leaf"] = self.sketch_leaf
-        if form is GradientForm.SKETCHED and self.sketch_columns is not None:
-            inputs["sketch_columns"] = self.sketch_columns
-        if form is GradientForm.HEADS:
-            assert self.heads is not None
-            inputs["head_features"] = self.heads.features
+        if form is GradientForm.REFRESHING:
+            inputs |= {"source_leaf": self.source.leaf, **self.source.extra_inputs()}
         if self.residual is not None:
             inputs["residual_leaf"], inputs["residual_columns"] = self.residual.leaf, self.residual.columns
         return inputs
@@ -159,49 +145,29 @@ class ProjectedParameter:
 
     def kept_tensors(self) -> list[Tensor]:
         """What this record holds through the step, besides the weight."""
-        heads = [self.heads.features] if self.heads is not None else []
-        columns = [self.sketch_columns] if self.sketch_columns is not None else []
         right = [self.right_basis] if self.right_basis is not None else []
-        return [self.basis, self.sketch_leaf, *self.gradient_leaves(), *heads, *columns, *right]
+        return [self.basis, *self.source.kept_tensors(), *self.gradient_leaves(), *right]
 
-    def oversample(self, num_columns: int) -> None:
-        """Sketches so many random columns besides the basis; before anything is compiled."""
-        shape = (self.basis.shape[0], num_columns)
-        self.sketch_columns = torch.empty(shape, dtype=self.leaf.dtype, device=self.leaf.device)
-        self.sketch_leaf = storage_free_leaf((shape[0], self.rank + num_columns), self.weight)
-
-    def share_heads(self, heads: tuple[tuple[int, ...], ...]) -> None:
-        """From the window on that is open now, a basis is found from the gradient of some heads.
-
-        Args:
-            heads: the output features of each.
-        """
-        self.heads, self.sketch_columns = SampledHeads(heads, self.rank, self.weight.device), None
-        self.heads.draw(self.draw_key)
-        shape = self.heads.gradient_shape((self.weight.shape[0], self.weight.shape[1]), self.dim)
-        self.sketch_leaf = storage_free_leaf(shape, self.weight)
-        if self.sketch_hook is not None:
-            self.sketch_leaf.register_post_accumulate_grad_hook(self.sketch_hook)
-        if self.form is self.refresh_form and not self.wants_full_gradient:
-            self.form = GradientForm.HEADS
-        self.refresh_form = GradientForm.HEADS
+    def take_source(self, source: BasisSource) -> None:
+        """From the window on that is open now, the next basis comes from another source."""
+        is_due = self.form is self.form_of(due=True) and not self.wants_full_gradient
+        self.source = source
+        if self.source_hook is not None:
+            source.leaf.register_post_accumulate_grad_hook(self.source_hook)
+        if is_due:
+            self.form = self.form_of(due=True)
 
     def share_basis(self, owner: "ProjectedParameter") -> None:
         """From now on the basis is that of another weight, which alone renews it."""
-        self.basis_owner, self.basis = owner, owner.basis
-        self.shared_roles, self.refresh_form = frozenset(), GradientForm.PROJECTED
+        self.basis_owner, self.basis, self.shared_roles = owner, owner.basis, frozenset()
+        self.take_source(SharedBasis(self.weight, (self.basis.shape[0], self.basis.shape[1])))
         if not self.wants_full_gradient:
             self.form = GradientForm.PROJECTED
 
     def draw(self, key: int) -> None:
-        """Other heads or random columns for the next window; heads that are found later are drawn then."""
-        self.draw_key = key
-        if self.heads is not None:
-            self.heads.draw(key)
-        elif self.sketch_columns is not None:
-            generator = generator_of(key)
-            shape = self.sketch_columns.shape
-            self.sketch_columns.copy_(torch.randn(shape, generator=generator).mul_(shape[0] ** -0.5))
+        """Draws for the next window what a refresh takes that is drawn; heads that are found later are drawn then."""
+        if self.shared_roles or self.source.draws:
+            self.source.draw(key)
 
     @property
     def residual_is_scaled(self) -> bool:
@@ -219,11 +185,6 @@ class ProjectedParameter:
         return has_gradient_hooks(self.weight)
 
     @property
-    def draws(self) -> bool:
-        """Whether a refresh takes something that is drawn."""
-        return bool(self.shared_roles) or self.sketch_columns is not None or self.is_random
-
-    @property
     def wants_full_gradient(self) -> bool:
         """Whether every backward is to make something of all of G."""
         return self.complement_norm is not None or self.delivers_full
@@ -236,7 +197,9 @@ class ProjectedParameter:
         """What the next backward is to deliver, where the basis is due and where it is not."""
         if self.wants_full_gradient:
             return GradientForm.CONSUMED if self.consumes else GradientForm.FULL
-        return self.refresh_form if due and not self.is_random else GradientForm.PROJECTED
+        if not due or not self.source.looks_at_gradient:
+            return GradientForm.PROJECTED
+        return GradientForm.FULL if self.source.needs_full else GradientForm.REFRESHING
 
     def project(self, value: Tensor) -> Tensor:
         """Coordinates of what has the weight's shape: R of a gradient."""
@@ -250,7 +213,7 @@ class ProjectedParameter:
 
     def clear(self) -> None:
         """Forget the gradients in all their forms."""
-        for holder in (*self.gradient_leaves(), self.sketch_leaf, self.weight):
+        for holder in (*self.gradient_leaves(), self.source.leaf, self.weight):
             holder.grad = None
 
 

@@ -13,6 +13,8 @@ arXiv:2602.01233, algorithm 1.
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,8 +22,46 @@ from torch import Tensor
 from galore_fx.runtime.subspace.projection import ProjectedDim, project, wide_norm
 
 
+class RefreshCriterion:
+    """What decides that a basis is due. This one leaves it to the schedule.
+
+    Attributes:
+        saved: names of the attributes that a resumed run needs; each a mapping by weight.
+        measures: whether a refresh says how stable its subspace was.
+    """
+
+    saved: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[bool] = False
+
+    def due_of(
+        self, scheduled: Sequence[int], weights: Iterable[int], num_updates: int, *, is_first: bool
+    ) -> list[int]:
+        """The weights that are due in the update that follows ``num_updates`` done ones.
+
+        Args:
+            scheduled: those whose turn it is by the schedule.
+            weights: all of them, by their keys.
+            num_updates: the same.
+            is_first: whether this is one of the updates at the start, in which all refresh.
+        """
+        return list(scheduled)
+
+    def saw_gradient(self, key: int, projected: Tensor, first: Tensor | None) -> None:
+        """An update is about to consume a projected gradient."""
+
+    def saw_refresh(self, key: int, stability: float) -> None:
+        """A refresh has found the subspace so stable, where it ``measures``."""
+
+    def finished(self, key: int) -> None:
+        """The weight has a new basis."""
+
+    def stats(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """Figures for ``stats()``, by the names of the weights."""
+        return {}
+
+
 @dataclasses.dataclass
-class Displacement:
+class Displacement(RefreshCriterion):
     """Lotus's criterion, and where each weight stands.
 
     With d_1 the unit projected gradient after a new basis, and d_T that of T - 1 updates later, the basis is renewed at
@@ -35,13 +75,15 @@ class Displacement:
         threshold: gamma, mean displacement of an update below which a basis is renewed.
         interval: eta, updates between two decisions.
         ages: T of each weight; one without has no first direction yet.
-        due: weights that have met the criterion since the last ``take``.
+        used_up: weights that have met the criterion since the last ``take``.
     """
+
+    saved = ("ages",)
 
     threshold: float
     interval: int
     ages: dict[int, int] = dataclasses.field(default_factory=dict)
-    due: set[int] = dataclasses.field(default_factory=set)
+    used_up: set[int] = dataclasses.field(default_factory=set)
 
     def note(self, key: int, projected: Tensor, first: Tensor) -> None:
         """Takes note of a gradient before it is consumed.
@@ -58,21 +100,39 @@ class Displacement:
         elif age % self.interval == 0:
             distance = torch.dist(projected.float() / norm, first.float())
             if float(distance) / age < self.threshold:
-                self.due.add(key)
+                self.used_up.add(key)
 
     def restart(self, key: int) -> None:
         """The weight has a new basis."""
         self.ages.pop(key, None)
-        self.due.discard(key)
+        self.used_up.discard(key)
 
     def take(self) -> set[int]:
         """Those that have become due."""
-        due, self.due = self.due, set()
+        due, self.used_up = self.used_up, set()
         return due
+
+    def due_of(
+        self, scheduled: Sequence[int], weights: Iterable[int], num_updates: int, *, is_first: bool
+    ) -> list[int]:
+        """Those that are used up; at the start, those of the schedule."""
+        if is_first:
+            return list(scheduled)
+        used_up = self.take()
+        return [key for key in weights if key in used_up]
+
+    def saw_gradient(self, key: int, projected: Tensor, first: Tensor | None) -> None:
+        """As ``note``."""
+        if first is not None:
+            self.note(key, projected, first)
+
+    def finished(self, key: int) -> None:
+        """As ``restart``."""
+        self.restart(key)
 
 
 @dataclasses.dataclass
-class LazyGaps:
+class LazyGaps(RefreshCriterion):
     """The gap of each weight: it doubles as long as the weight's subspace stays what it is.
 
     Source: Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.2: where the mean of the last k statistics is above
@@ -87,6 +147,9 @@ class LazyGaps:
         last: the update at which each weight became due last.
         stabilities: of the last refreshes of each weight, the latest at the end.
     """
+
+    saved = ("gaps", "last", "stabilities")
+    measures = True
 
     base: int
     threshold: float
@@ -113,6 +176,24 @@ class LazyGaps:
         is_stable = len(recent) == self.queue_size and sum(recent) / self.queue_size >= self.threshold
         if is_stable and gap <= self.largest * self.base:
             self.gaps[key] = gap
+
+    def due_of(
+        self, scheduled: Sequence[int], weights: Iterable[int], num_updates: int, *, is_first: bool
+    ) -> list[int]:
+        """Of those whose turn it is, the ones whose own gap is over."""
+        due = [key for key in scheduled if is_first or self.is_due(key, num_updates)]
+        # The updates at the start are one refresh, from which the gaps count.
+        self.last.update(dict.fromkeys(due, 0 if is_first else num_updates))
+        return due
+
+    def saw_refresh(self, key: int, stability: float) -> None:
+        """As ``note``."""
+        self.note(key, stability)
+
+    def stats(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """The gaps in force and the last measurements."""
+        latest = {names[key]: values[-1] for key, values in self.stabilities.items()}
+        return {"refresh_gap": {name: self.gap_of(key) for key, name in names.items()}, "stability": latest}
 
 
 def sketch_overlap(old: Tensor, sketch: Tensor) -> float:

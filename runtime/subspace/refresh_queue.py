@@ -19,10 +19,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from galore_fx.runtime.subspace.refresh_criteria import Displacement, LazyGaps
+from galore_fx.runtime.subspace.refresh_criteria import RefreshCriterion
 
-_SAVED_OF_LAZY = ("gaps", "last", "stabilities")
-_SAVED_OF_DISPLACEMENT = ("ages",)
 # A random first basis and one iteration catch less than a second warm iteration does, so subspace iteration
 # refreshes all layers in the first two updates.
 SUBSPACE_ITERATION_WARM_UP = 2
@@ -116,8 +114,7 @@ class RefreshQueue:
     Attributes:
         due_since: the update at which each weight became due that waits.
         limits: of what may refresh in the same update.
-        criterion: the weights' own gaps, or what tells that a subspace has been used up; None where all have the gap of
-            the schedule.
+        criterion: decides with the schedule which bases are due.
 
     Args:
         layers: the layer of each weight, by a key of the caller's. The weights of a layer refresh together.
@@ -131,25 +128,19 @@ class RefreshQueue:
         layers: Mapping[int, int],
         schedule: FixedSchedule,
         limits: RefreshLimits,
-        criterion: LazyGaps | Displacement | None = None,
+        criterion: RefreshCriterion | None = None,
         costs: Mapping[int, RefreshCost] | None = None,
     ) -> None:
         self.due_since: dict[int, int] = {}
         self.limits = limits
-        self.criterion = criterion
+        self.criterion = criterion or RefreshCriterion()
         self._layers, self._schedule, self._costs = layers, schedule, costs or {}
 
     def admit(self, num_updates: int) -> None:
         """Lets those wait that are due in the update that follows ``num_updates`` done ones."""
-        due = [key for key, layer in self._layers.items() if self._schedule.is_due(layer, num_updates)]
-        criterion, is_first = self.criterion, num_updates < self._schedule.num_initial
-        if isinstance(criterion, LazyGaps):
-            due = [key for key in due if is_first or criterion.is_due(key, num_updates)]
-            # The updates at the start are one refresh, from which the gaps count.
-            criterion.last.update(dict.fromkeys(due, 0 if is_first else num_updates))
-        elif isinstance(criterion, Displacement) and not is_first:
-            used_up = criterion.take()
-            due = [key for key in self._layers if key in used_up]
+        scheduled = [key for key, layer in self._layers.items() if self._schedule.is_due(layer, num_updates)]
+        is_first = num_updates < self._schedule.num_initial
+        due = self.criterion.due_of(scheduled, self._layers, num_updates, is_first=is_first)
         self.request(due, num_updates)
 
     def request(self, keys: Iterable[int], num_updates: int) -> None:
@@ -191,28 +182,12 @@ class RefreshQueue:
 
     def measures(self, num_updates: int) -> bool:
         """Whether a refresh says how stable its subspace was: not the first ones, which start from random bases."""
-        return self.lazy is not None and num_updates >= self._schedule.num_initial
-
-    @property
-    def lazy(self) -> LazyGaps | None:
-        """The weights' own gaps, where they have any."""
-        return self.criterion if isinstance(self.criterion, LazyGaps) else None
-
-    @property
-    def displacement(self) -> Displacement | None:
-        """What tells that a subspace has been used up, where that decides."""
-        return self.criterion if isinstance(self.criterion, Displacement) else None
-
-    def note_stability(self, key: int, stability: float) -> None:
-        """What a refresh found."""
-        if self.lazy is not None:
-            self.lazy.note(key, stability)
+        return self.criterion.measures and num_updates >= self._schedule.num_initial
 
     def finish(self, key: int) -> None:
         """It has its new basis."""
         self.due_since.pop(key, None)
-        if self.displacement is not None:
-            self.displacement.restart(key)
+        self.criterion.finished(key)
 
     def fail(self, key: int, num_updates: int) -> None:
         """It has not got one, and waits again behind the others, which a gradient of NaN, or none, would hold up."""
@@ -226,7 +201,7 @@ class RefreshQueue:
             return {positions[key]: value for key, value in sorted(values.items(), key=lambda item: positions[item[0]])}
 
         saved = {"due_since": by_position(self.due_since)}
-        return saved | {name: by_position(getattr(self.criterion, name)) for name in self._saved()}
+        return saved | {name: by_position(getattr(self.criterion, name)) for name in self.criterion.saved}
 
     def load_state(self, saved: Mapping[str, Any], keys: Sequence[int]) -> None:
         """Goes on from a state.
@@ -236,10 +211,5 @@ class RefreshQueue:
             keys: the weight at each position.
         """
         self.due_since = {keys[i]: since for i, since in saved["due_since"].items()}
-        for name in self._saved():
+        for name in self.criterion.saved:
             setattr(self.criterion, name, {keys[i]: copy.copy(value) for i, value in saved.get(name, {}).items()})
-
-    def _saved(self) -> tuple[str, ...]:
-        if self.criterion is None:
-            return ()
-        return _SAVED_OF_LAZY if isinstance(self.criterion, LazyGaps) else _SAVED_OF_DISPLACEMENT

@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 
 from galore_fx.runtime.counters import Counters
-from galore_fx.runtime.formats.counter_rng import generator_of, key_of
-from galore_fx.runtime.subspace.bases import (
-    exact_bases,
-    exact_basis,
-    leading_columns,
-    orthonormalize,
-    random_basis,
-    sketch_of,
-)
-from galore_fx.runtime.subspace.head_basis import basis_of_heads
+from galore_fx.runtime.formats.counter_rng import key_of
 from galore_fx.runtime.subspace.projected_parameter import GradientForm, ProjectedParameter
-from galore_fx.runtime.subspace.projection import ProjectedDim
-from galore_fx.runtime.subspace.refresh_criteria import first_vector_cosine, gradient_overlap, sketch_overlap
+from galore_fx.runtime.subspace.refresh_criteria import first_vector_cosine
 from galore_fx.runtime.subspace.refresh_queue import RefreshQueue
 
 # Keeps the draws of heads and columns apart from those of the rounding, which are numbered alike.
@@ -84,8 +74,7 @@ class BasisRefresh:
         self._turn = self.queue.turn()
         layers = {self.queue.layer_of(key) for key in self._turn}
         for key, record in self._records.items():
-            if record.draws:
-                record.draw(key_of(_DRAW_SEED, self.counters.num_updates, self._numbers[key]))
+            record.draw(key_of(_DRAW_SEED, self.counters.num_updates, self._numbers[key]))
             record.form = record.form_of(due=self.queue.layer_of(key) in layers)
 
     def is_due(self, record: ProjectedParameter) -> bool:
@@ -94,8 +83,7 @@ class BasisRefresh:
 
     def note_direction(self, record: ProjectedParameter, projected: Tensor) -> None:
         """Takes note of a gradient that an update is about to consume, where a refresh hangs on it."""
-        if self.queue.displacement is not None and record.first_direction is not None:
-            self.queue.displacement.note(id(record.weight), projected, record.first_direction)
+        self.queue.criterion.saw_gradient(id(record.weight), projected, record.first_direction)
 
     def forget(self) -> None:
         """Drops the sketches of the window."""
@@ -103,7 +91,7 @@ class BasisRefresh:
 
     def keep_sketch(self, record: ProjectedParameter) -> None:
         """Keeps the first micro-batch's sketch of a basis that is due, and drops all others."""
-        sketch, record.sketch_leaf.grad = record.sketch_leaf.grad, None
+        sketch, record.source.leaf.grad = record.source.leaf.grad, None
         if sketch is not None and id(record.weight) in self.queue.due_since:
             self._sketches.setdefault(id(record.weight), sketch)
 
@@ -115,20 +103,12 @@ class BasisRefresh:
             grad: its gradient; forgotten.
             renew: whether an SVD may do so; not where the update is going to be skipped.
         """
-        key, is_due = id(record.weight), self.is_due(record)
-        if record.refresh_form is GradientForm.FULL and is_due and renew:
-            self._renew(
-                record,
-                lambda: new_basis(record, grad),
-                lambda new: gradient_overlap(grad, record.basis, new, record.dim),
-            )
-        if record.refresh_form is GradientForm.SKETCHED and is_due and not record.is_random:
-            extra = [record.sketch_columns] if record.sketch_columns is not None else []
-            start = torch.cat([record.basis, *extra], dim=1) if extra else record.basis
-            self._sketches.setdefault(key, sketch_of(grad, start, record.dim))
-        if record.refresh_form is GradientForm.HEADS and is_due and record.heads is not None:
-            features = record.heads.features
-            self._sketches.setdefault(key, grad.index_select(0 if record.dim is ProjectedDim.COLS else 1, features))
+        source = record.source
+        if self.is_due(record) and source.looks_at_gradient:
+            if not source.needs_full:
+                self._sketches.setdefault(id(record.weight), source.from_full(grad, record.basis, record.dim))
+            elif renew:
+                self._renew(record, grad)
         expected = record.form in (GradientForm.FULL, GradientForm.CONSUMED) and not record.is_hooked
         if not expected and record.name not in self._named:
             self._named.add(record.name)
@@ -146,7 +126,7 @@ class BasisRefresh:
 
     def apply_sketches(self) -> None:
         """Renews the bases whose sketches have been kept, and those that are drawn."""
-        drawn = [key for key in self._turn if self._records[key].is_random]
+        drawn = [key for key in self._turn if not self._records[key].source.looks_at_gradient]
         for key in [*self._sketches, *sorted(drawn, key=self._numbers.__getitem__)]:
             self.apply_sketch(self._records[key])
 
@@ -178,43 +158,30 @@ class BasisRefresh:
 
     def apply_sketch(self, record: ProjectedParameter) -> None:
         """Renews one basis, if it is due: from its sketch, where that has been kept, or as it is drawn."""
-        if record.is_random and id(record.weight) in self._turn & self.queue.due_since.keys():
-            generator = generator_of(record.draw_key)
-            shape = (record.basis.shape[0], record.basis.shape[1])
-            self._renew(record, lambda: random_basis(shape, generator).to(record.basis.device), lambda _new: 0.0)
+        if not record.source.looks_at_gradient and id(record.weight) in self._turn & self.queue.due_since.keys():
+            self._renew(record, None)
         sketch = self._sketches.pop(id(record.weight), None)
         if sketch is not None:
             with torch.no_grad():
-                if record.heads is None:
-                    self._renew(
-                        record,
-                        lambda: orthonormalize(
-                            sketch if record.sketch_columns is None else leading_columns(sketch, record.rank)
-                        ),
-                        lambda _new: sketch_overlap(record.basis, sketch),
-                    )
-                else:
-                    self._renew(
-                        record,
-                        lambda: basis_of_heads(sketch, record.rank, record.dim),
-                        lambda new: gradient_overlap(sketch, record.basis, new, record.dim),
-                    )
+                self._renew(record, sketch)
 
-    def _renew(
-        self, record: ProjectedParameter, make: Callable[[], Tensor | None], overlap: Callable[[Tensor], float]
-    ) -> None:
+    def _renew(self, record: ProjectedParameter, delivered: Tensor | None) -> None:
+        """Exchanges a basis for the one that its source finds in what a backward has delivered."""
         start = time.perf_counter()
-        key = id(record.weight)
+        key, source = id(record.weight), record.source
         with self._observe("refresh", None):
-            basis = make()
+            basis = source.find(delivered, record.basis, record.dim)
             if basis is None:
                 self.counters.num_failed_refreshes += 1
                 self.queue.fail(key, self.counters.num_updates)
             else:
                 if self.queue.measures(self.counters.num_updates):
-                    by_first_vector = self._by_first_vector
-                    stability = first_vector_cosine(record.basis, basis) if by_first_vector else overlap(basis)
-                    self.queue.note_stability(key, stability)
+                    old = record.basis
+                    if self._by_first_vector:
+                        stability = first_vector_cosine(old, basis)
+                    else:
+                        stability = source.overlap(delivered, old, basis, record.dim)
+                    self.queue.criterion.saw_refresh(key, stability)
                 sharing = self._sharing(record)
                 for each in sharing:
                     self._transfer(each, basis)
@@ -223,14 +190,3 @@ class BasisRefresh:
                 for each in sharing:
                     self.queue.finish(id(each.weight))
         self.time_s += time.perf_counter() - start
-
-
-def new_basis(record: ProjectedParameter, grad: Tensor) -> Tensor | None:
-    """The exact basis of a full gradient; that of the columns is exchanged at once where both sides are projected."""
-    if record.right_basis is None:
-        return exact_basis(grad, record.rank, record.dim)
-    bases = exact_bases(grad, record.rank)
-    if bases is None:
-        return None
-    record.right_basis.copy_(bases[1])
-    return bases[0]

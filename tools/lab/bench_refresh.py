@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 
 from galore_fx.runtime.subspace.bases import orthonormalize, random_basis, sketch
-from galore_fx.runtime.subspace.head_basis import SampledHeads, basis_of_heads, gradient_of_heads
+from galore_fx.runtime.subspace.basis_heads import SampledHeads, basis_of_heads, gradient_of_heads
 from galore_fx.runtime.subspace.projection import ProjectedDim, projected_gradient
 from tools.lab.bench_step import timed
 from tools.lab.rows import record_row

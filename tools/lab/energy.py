@@ -21,6 +21,7 @@ from tqdm import tqdm
 import galore_fx
 from galore_fx.cli import train
 from galore_fx.runtime.subspace.bases import exact_basis
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
 from galore_fx.runtime.subspace.projection import ProjectedDim, project
 from tools.lab.rows import DOCS, record_row
 
@@ -97,8 +98,8 @@ def _shares(records: list[Any], grads: dict[str, Any], before: dict[str, Tensor]
         best = _energy(grad, exact, record.dim)
         fresh.append(_energy(grad, record.basis, record.dim) / best)
         old.append(_energy(grad, before[record.name], record.dim) / best)
-        if record.heads is not None:
-            for head in record.heads._heads:
+        if isinstance(record.source, HeadBasis):
+            for head in record.source.heads._heads:
                 part = grad[head]
                 by_head.append(_energy(part, record.basis, record.dim) / _energy(part, exact, record.dim))
     return {

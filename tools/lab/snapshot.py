@@ -21,6 +21,7 @@ import itertools
 import json
 import logging
 import multiprocessing
+import multiprocessing.connection
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from galore_fx.cli.preset_models import PRESETS, build
 from galore_fx.planner.verify_peak import counted_peak
 from tools.lab.rows import RESULTS, ROOT, environment
 
+Task = Callable[[], dict[str, Any]]
 NUM_PROCESSES = 2
 FILE = RESULTS / "snapshot.json"
 UPDATES, STOP, NAN_AT = 12, 7, 4
@@ -181,13 +183,14 @@ def main() -> int:
     mode.add_argument("--check", action="store_true", help="compare with the file")
     parser.add_argument("words", nargs="*", help="only cases whose name contains one of them; plans are 'plans NAME'")
     arguments = parser.parse_args()
-    work: dict[str, Callable[[], dict[str, Any]]] = {
-        f"plans {name}": functools.partial(run_plan, name) for name in PLANS
-    }
+    work: dict[str, Task] = {f"plans {name}": functools.partial(run_plan, name) for name in PLANS}
     work |= {case.name: functools.partial(run, case) for case in cases()}
     if arguments.words:
         work = {name: task for name, task in work.items() if any(word in name for word in arguments.words)}
-    found = _run_all(work)
+    found = _run_all(_grouped(work))
+    for name, case in found.items():
+        if "error" in case:
+            print(f"{name}: {case['error']}")
     if arguments.record:
         FILE.write_text(json.dumps({"machine": _machine(), "cases": found}, indent=1, sort_keys=True) + "\n")
         print(f"wrote {FILE.relative_to(ROOT)}: {len(found)} cases")
@@ -198,14 +201,52 @@ def main() -> int:
     return _compare(recorded["cases"], found, is_whole=not arguments.words)
 
 
-def _run_all(work: dict[str, Callable[[], dict[str, Any]]]) -> dict[str, Any]:
-    """Each in a process of its own, so that none finds what another has compiled, with one thread for stable sums."""
+def _grouped(work: dict[str, Task]) -> list[dict[str, Task]]:
+    """What one process runs: cases that share graphs, so that none of them is captured twice; the others alone."""
+    groups: dict[object, dict[str, Task]] = {}
+    shared = {case.name: (case.recipe, case.part, case.dtype) for case in cases() if not case.has_kernels}
+    for name, task in work.items():
+        groups.setdefault(shared.get(name, name), {})[name] = task
+    return list(groups.values())
+
+
+def _run_all(groups: list[dict[str, Task]]) -> dict[str, Any]:
+    """Each group in a process of its own, with one thread for sums that keep their order."""
     torch.set_num_threads(1)
     inductor_config.compile_threads = 1  # a pool of compilers does not survive a fork
-    with multiprocessing.get_context("fork").Pool(NUM_PROCESSES, maxtasksperchild=1) as pool:
-        started = {name: pool.apply_async(task) for name, task in work.items()}
-        pool.close()
-        return {name: json.loads(json.dumps(started[name].get())) for name in tqdm(started, unit="case")}
+    context = multiprocessing.get_context("fork")
+    waiting, running, found = list(groups), {}, {}
+    with tqdm(total=sum(map(len, groups)), unit="case") as progress:
+        while waiting or running:
+            while waiting and len(running) < NUM_PROCESSES:
+                group = waiting.pop(0)
+                here, there = context.Pipe(duplex=False)
+                # Forked by the main thread: torch's profiler runs in no other.
+                process = context.Process(target=_run_group, args=(group, there))
+                process.start()
+                there.close()
+                running[here] = group, process
+            for here in multiprocessing.connection.wait(list(running)):
+                group, process = running[here]
+                try:
+                    name, result = here.recv()
+                    found[name] = result
+                    progress.update()
+                except EOFError:
+                    del running[here]
+                    process.join()
+                    found |= {name: {"error": "its process has died"} for name in group if name not in found}
+    return found
+
+
+def _run_group(group: dict[str, Task], connection: Any) -> None:
+    for name, task in group.items():
+        try:
+            result = json.loads(json.dumps(task()))
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        connection.send((name, result))
+    connection.close()
 
 
 def _compare(recorded: dict[str, Any], found: dict[str, Any], *, is_whole: bool) -> int:

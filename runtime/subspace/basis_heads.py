@@ -10,12 +10,16 @@ reconstructed here: a basis of its own for queries and for keys, a new head at e
 rank exceeds a head's size, the query, key and value rows of a head together where they are one weight.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from galore_fx.runtime.formats.counter_rng import generator_of
 from galore_fx.runtime.subspace.bases import exact_basis, orthonormalize
+from galore_fx.runtime.subspace.basis_source import BasisSource
 from galore_fx.runtime.subspace.projection import ProjectedDim
+from galore_fx.runtime.subspace.refresh_criteria import gradient_overlap
 
 
 class SampledHeads:
@@ -93,3 +97,62 @@ def basis_of_heads(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
     leading = wide.T @ vectors[:, -rank:].flip(1)
     largest = leading.gather(0, leading.abs().argmax(0, keepdim=True))
     return orthonormalize(leading * largest.sign())
+
+
+class HeadBasis(BasisSource):
+    """The basis of all heads, from the gradient of some that are drawn.
+
+    Attributes:
+        heads: of the weight, and those that are drawn now.
+
+    Args:
+        weight: (m, n).
+        heads: the features of each head.
+        rank: columns of the basis.
+        dim: the projected dimension.
+        key: says which heads are drawn first.
+    """
+
+    name = "heads"
+    draws = True
+
+    def __init__(
+        self, weight: Tensor, heads: tuple[tuple[int, ...], ...], rank: int, dim: ProjectedDim, key: int
+    ) -> None:
+        self.heads = SampledHeads(heads, rank, weight.device)
+        super().__init__(weight, self.heads.gradient_shape((weight.shape[0], weight.shape[1]), dim))
+        self.draw(key)
+
+    def draw(self, key: int) -> None:
+        """Other heads."""
+        super().draw(key)
+        self.heads.draw(key)
+
+    def extra_inputs(self) -> dict[str, Tensor]:
+        """The features of the drawn heads."""
+        return {"head_features": self.heads.features}
+
+    def graph_key(self) -> tuple[object, ...]:
+        """How many heads are drawn."""
+        return (self.heads.num_drawn,)
+
+    @staticmethod
+    def deliver(
+        rows: Tensor, cols: Tensor, projected: Tensor, inputs: Mapping[str, Tensor], dim: ProjectedDim
+    ) -> Tensor:
+        """The part of G that belongs to the drawn heads, (k, n) for COLS, (m, k) for ROWS."""
+        return gradient_of_heads(rows, cols, inputs["head_features"], dim)
+
+    def from_full(self, grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
+        """The same part."""
+        return grad.index_select(0 if dim is ProjectedDim.COLS else 1, self.heads.features)
+
+    def find(self, delivered: Tensor | None, basis: Tensor, dim: ProjectedDim) -> Tensor | None:
+        """The leading singular vectors of that part."""
+        assert delivered is not None
+        return basis_of_heads(delivered, basis.shape[1], dim)
+
+    def overlap(self, delivered: Tensor | None, old: Tensor, new: Tensor, dim: ProjectedDim) -> float:
+        """The energy of that part in the old basis by that in the new one."""
+        assert delivered is not None
+        return gradient_overlap(delivered, old, new, dim)

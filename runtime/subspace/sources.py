@@ -1,0 +1,10 @@
+"""The sources of bases by name: those that a recipe may ask for, and those that graphs may hold."""
+
+from galore_fx.runtime.subspace.basis_heads import HeadBasis
+from galore_fx.runtime.subspace.basis_iteration import IteratedBasis
+from galore_fx.runtime.subspace.basis_random import RandomBasis
+from galore_fx.runtime.subspace.basis_source import BasisSource
+from galore_fx.runtime.subspace.basis_svd import ExactBasis
+
+OF_RECIPE: dict[str, type[BasisSource]] = {source.name: source for source in (ExactBasis, IteratedBasis, RandomBasis)}
+SOURCES: dict[str, type[BasisSource]] = {**OF_RECIPE, HeadBasis.name: HeadBasis}
