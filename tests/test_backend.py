@@ -10,6 +10,8 @@ from torch import nn
 import galore_fx
 from tests.models import adamw, assert_gradients_equal, backward, batches, largest_error, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 OPTIONS = {"rank": 8, "refresh_gap": 3}
 
 
@@ -17,6 +19,7 @@ def test_torch_finds_the_backend_by_its_name():
     assert "galore_fx" in torch._dynamo.list_backends()
 
 
+@pytest.mark.kernels
 def test_losses_and_weights_are_those_of_the_regional_form():
     regional = galore_fx.compile(llama(1), optimizer=adamw(), stagger=False, **OPTIONS)
     whole = torch.compile(llama(1), backend="galore_fx", options=OPTIONS)

@@ -15,6 +15,8 @@ from galore_fx.runtime.formats.blockwise import BLOCK, MIN_ELEMENTS, code_of_zer
 from galore_fx.runtime.formats.state_format import SCALES, StateFormat
 from tests.models import adamw, backward, batches, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 def dynamic_map(signed):
     """As the paper defines it: midpoints of equal cells in seven decades, and 0 and 1."""
@@ -87,6 +89,7 @@ def test_states_that_are_never_negative_are_found_in_the_graph(name):
     assert compiler.layout(compiler.read(group), group).format == StateFormat(8, frozenset(unsigned))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
 def test_ten_steps_equal_torchs_with_its_states_rounded_after_each(name, monkeypatch):
     """Of a length that is no multiple of a block, in slices, and with a gradient that is not contiguous."""

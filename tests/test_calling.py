@@ -13,6 +13,8 @@ from galore_fx.runtime.measure.meter import count_memory
 from tests.calls import Blocks, assert_same, causal, enable_checkpointing, pair, step_both
 from tests.models import adamw, assert_gradients_equal, backward, batches, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 @pytest.mark.parametrize("update", ["deferred", "in-backward"])
 def test_transformers_gradient_checkpointing(update):
@@ -35,6 +37,7 @@ def test_transformers_gradient_checkpointing(update):
     assert model.galore_fx.stats()["num_region_graphs"] == 1
 
 
+@pytest.mark.kernels
 def test_gradient_checkpointing_keeps_less():
     ids = batches(1, 8, 64)[0]
     kept = []
@@ -70,6 +73,7 @@ def test_use_cache_is_ignored_in_training_and_said():
     assert model(input_ids=ids, labels=ids).past_key_values is None
 
 
+@pytest.mark.kernels
 def test_changing_lengths_and_refreshes():
     model, reference = pair(llama(1), refresh_gap=3)
     lengths = (16, 24, 40, 9, 24, 33, 16)

@@ -14,6 +14,8 @@ from galore_fx.runtime.layers.linear_cross_entropy import linear_cross_entropy
 from tests.calls import Blocks, assert_same, causal, enable_checkpointing, pair, step_both
 from tests.models import adamw, assert_gradients_equal, batches, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 class Broken(nn.Module):
     """A block with a graph break: the graph cannot go on after a number is read from a tensor."""

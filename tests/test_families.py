@@ -4,10 +4,12 @@ import pytest
 
 from tools.lab.model_families import FAMILIES, train_family
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 @pytest.mark.parametrize(
     ("name", "num_projected", "num_graphs"),
-    [("Falcon", 8, 1), ("OPT", 12, 1), ("DistilBERT", 12, 1), ("T5", 32, 4)],
+    [pytest.param("Falcon", 8, 1, marks=pytest.mark.kernels), ("OPT", 12, 1), ("DistilBERT", 12, 1), ("T5", 32, 4)],
 )
 def test_gradients_are_projected_and_the_loss_falls(name, num_projected, num_graphs):
     report = train_family(FAMILIES[name], num_steps=1)

@@ -15,6 +15,8 @@ from galore_fx.runtime.layers.linear_cross_entropy import linear_cross_entropy
 from galore_fx.runtime.measure.meter import count_memory
 from tests.models import VOCABULARY, adamw, backward, batches, gpt2, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 TOKENS, HIDDEN, CLASSES = 37, 12, 50
 
 

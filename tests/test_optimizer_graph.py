@@ -21,6 +21,8 @@ from galore_fx.runtime.subspace.bases import random_basis
 from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 from galore_fx.runtime.subspace.projection import ProjectedDim
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 def _trace(optimizer_class, *, first=False, **settings):
     group = optimizer_class([torch.nn.Parameter(torch.ones(2, 2))], **settings).param_groups[0]

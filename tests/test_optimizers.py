@@ -15,6 +15,8 @@ from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 from galore_fx.runtime.subspace.projection import ProjectedDim
 from tests.models import backward, batches, largest_error, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 # The references: (step t from 1, state s, gradient g, settings h) -> the update in the subspace, float64.
 
 
@@ -192,7 +194,9 @@ def test_a_decay_that_crosses_zero_compiles_once_more():
     assert compiler.num_graphs == 2
 
 
-@pytest.mark.parametrize("optimizer_class", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RAdam])
+@pytest.mark.parametrize(
+    "optimizer_class", [pytest.param(torch.optim.AdamW, marks=pytest.mark.kernels), torch.optim.SGD, torch.optim.RAdam]
+)
 def test_groups_and_one_cycle_change_settings_without_compiling(optimizer_class):
     """OneCycleLR cycles lr with beta1, or momentum; groups keep their own; the twin is torch's own, rank for rank."""
     model, reference = llama(1), llama(1)

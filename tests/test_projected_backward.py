@@ -18,6 +18,8 @@ from galore_fx.runtime.subspace.basis_heads import HeadBasis
 from galore_fx.runtime.subspace.projected_parameter import GradientForm
 from tests.models import adamw, backward, batches, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 # Tokens 21; weights (64, 64), (32, 64), (176, 64), (64, 176): no dimension of a value is another's by accident.
 BATCH, SEQ = 3, 7
 VIEWS = ("aten.t.", "aten.permute.", "aten.transpose.", "aten.view.", "aten.alias.")

@@ -17,7 +17,10 @@ from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.runtime.dispatch.forwards import CompiledForward
 from tests.models import adamw, backward, batches, gpt2, largest_error, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
+
+@pytest.mark.kernels
 def test_twelve_layers_share_one_graph_and_keep_it_after_generate_and_eval():
     model = llama(num_layers=12)
     assert model.config.use_cache, "transformers' default, the case that used to fall apart"

@@ -9,6 +9,8 @@ import torch
 import galore_fx
 from tests.models import adamw, backward, batches, largest_error, llama
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 
 def _through_a_file(state):
     file = io.BytesIO()
@@ -24,7 +26,9 @@ def _train(model, scheduler, ids):
         scheduler.step()
 
 
-@pytest.mark.parametrize(("recipe", "dtype"), [("galore", torch.bfloat16), ("auto", torch.float32)])
+@pytest.mark.parametrize(
+    ("recipe", "dtype"), [("galore", torch.bfloat16), pytest.param("auto", torch.float32, marks=pytest.mark.kernels)]
+)
 def test_resume_in_the_middle_of_a_refresh_interval_is_bit_identical(recipe, dtype):
     def make():
         model = galore_fx.compile(

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import galore_fx
 from galore_fx.cli import train
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -41,6 +43,7 @@ def small(tmp_path):
     return tmp_path, arguments
 
 
+@pytest.mark.kernels
 def test_a_stopped_run_goes_on_bit_identically_and_exports_plain_weights(small):
     folder, arguments = small
     straight = train.main(arguments("straight"))

@@ -11,6 +11,8 @@ from galore_fx.runtime.subspace.bases import orthonormalize
 from galore_fx.runtime.subspace.projection import project
 from tests.models import adamw, backward, batches, largest_error, llama, train
 
+pytestmark = pytest.mark.usefixtures("without_kernels")
+
 RANK = 8
 
 
