@@ -1,4 +1,4 @@
-"""galore_fx: train all parameters of a large model inside a given GPU memory budget.
+"""galore_fx trains all parameters of a large model within a given GPU memory budget.
 
 model = galore_fx.compile(model, budget="16GB", optimizer=functools.partial(torch.optim.AdamW, lr=1e-3))
 loss = model(**batch).loss

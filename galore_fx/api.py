@@ -1,4 +1,4 @@
-"""``galore_fx.compile`` and ``galore_fx.plan``."""
+"""Defines ``galore_fx.compile`` and ``galore_fx.plan``."""
 
 import weakref
 from typing import Any
@@ -40,16 +40,23 @@ def plan(
     reserve: str | int | None = None,
     **overrides: Any,
 ) -> Plan:
-    """What ``compile`` would do to the model, from shapes alone; changes nothing.
+    """Returns the plan that ``compile`` would carry out, from shapes alone; the model stays unchanged.
 
-    Takes what ``compile`` takes, and raises what it raises, with one exception: a budget that cannot hold the training
-    is said by ``Plan.within_budget`` (and ``Plan.fits``, where the prediction is no estimate). With a sample a whole
-    step is simulated and its peak is in the plan; a budget then chooses what is left open: the share of activations
-    that each block keeps, the update mode, and for recipe "auto" full rank or a lower one.
+    With a sample a whole step is simulated, and the plan contains its peak. A budget then settles what the user leaves
+    open: the share of activations that each block keeps, the update mode, the number of blocks that refresh in one
+    update, and for recipe "auto" full rank or a lower one.
 
     Args:
-        device: "cpu" or "cuda", where it is to be trained; the model's by default, "cuda" for one on the meta device.
-        reserve: as of ``compile``.
+        model, budget, sample, recipe, optimizer, keep_logits, micro_batches, reserve, **overrides: as in ``compile``.
+        device: device to train on, "cpu" or "cuda". The default is the model's, and "cuda" for a model on the meta
+            device.
+
+    Returns:
+        The plan. A budget that cannot hold the training is no error here: ``Plan.within_budget`` is False then, and
+        so is ``Plan.fits`` unless only an estimate exceeds the budget.
+
+    Raises:
+        SettingError, ModelError, OptimizerError: as in ``compile``; also SettingError for an unknown device.
     """
     if device not in (None, "cpu", "cuda"):
         raise SettingError(f"device={device!r} is not 'cpu' or 'cuda'; leave it out for where the model is")
@@ -77,37 +84,39 @@ def compile(  # noqa: A001 - the name users know from torch.compile
 
     Args:
         model: the model, on the device and in the dtype it will train in.
-        budget: bytes the training may take, ``"16GB"``, ``"15.5GiB"`` or an int; ``"auto"`` for what the model's device
-            has free and the model itself holds; None for no check.
-        sample: a batch as the model takes it, of the shapes it will be trained with; checked on fake tensors before
-            anything changes. With a budget, a step of it is simulated and the plan is chosen so that its peak fits.
-            With a budget and without a sample the first training batch is simulated before it runs; by then only
-            the activations that are kept can still be chosen.
+        budget: bytes that the training may take: ``"16GB"``, ``"15.5GiB"`` or an int; ``"auto"`` for the free memory of
+            the model's device plus the model's own; None for no check.
+        sample: a training batch as the model takes it, with the shapes to train with. It is checked on fake tensors
+            before anything changes. With a budget, a step is simulated and the plan is chosen so that its peak fits.
+            With a budget and no sample, the first training batch is simulated before it runs. Only the share of kept
+            activations and the number of blocks that refresh in one update can still be chosen then.
         recipe: the name of one of ``galore_fx.RECIPES``, or a ``Recipe``.
         optimizer: a ``torch.optim`` class, a ``functools.partial`` of one (``partial(AdamW, lr=1e-3)``), or an
             instance over the model's parameters, which then refuses its own ``step()``.
-        keep_logits: return ``outputs.logits`` in training too. Without it they are None where the model computes its
-            loss from them by plain cross-entropy: the logits then never exist as a whole.
+        keep_logits: whether to return ``outputs.logits`` in training too. By default they are None if the model
+            computes its loss from them by plain cross-entropy: the logits then never exist as a whole.
         micro_batches: backwards per ``step()`` that the budget is planned for; gradients live through the next one.
-        reserve: bytes of the budget kept free for what the simulation cannot see; by default nothing on a CPU, and on
-            CUDA 600 MiB for context and workspaces and a tenth of the peak for fragmentation.
-        plan: a plan made before, by ``galore_fx.plan`` or read by ``Plan.from_json``, which is then what runs; nothing
-            is decided anew, so it goes with ``optimizer``, ``enforce`` and ``strict`` only.
-        enforce: on CUDA, make what exceeds the budget an out-of-memory error of this process.
-        strict: raise where a block cannot be captured as one graph, instead of training it uncompiled with a warning.
+        reserve: bytes of the budget kept free for memory that the simulation does not cover. The default is 0 on a
+            CPU, and on CUDA 600 MiB for context and workspaces plus a tenth of the peak for fragmentation.
+        plan: an existing plan to carry out, from ``galore_fx.plan`` or ``Plan.from_json``. It settles every decision,
+            so only ``optimizer``, ``enforce`` and ``strict`` may accompany it.
+        enforce: on CUDA, whether an allocation beyond the budget is an out-of-memory error of this process.
+        strict: whether a block that cannot be captured as one graph raises CaptureError when it is called, instead of
+            training uncompiled with a warning.
         **overrides: parts of the recipe: ``rank=128``, ``refresh_gap=200``, ``update="in-backward"``, ...
 
     Returns:
         The same module. ``model.galore_fx`` has ``.optimizer`` (step it), ``.plan`` and ``.stats()``.
 
     Raises:
-        SettingError: an unknown recipe or override, a value that is not allowed, or a mode of torch's that is not
-            supported (compiled autograd, CUDA graphs).
-        ModelError: no linear layer to project, a sample the model does not accept, a model already compiled.
-        OptimizerError: an optimizer over other parameters, or one whose step cannot be lowered.
-        BudgetError: no plan fits the budget (with a sample), or what is kept through the step already exceeds it.
-        All are raised before anything in the model is changed. With a budget and without a sample the first training
-        call may raise ModelError or BudgetError, before it runs.
+        SettingError: a recipe or override is unknown, a value is not allowed, arguments exclude each other, or an
+            unsupported torch mode is on (compiled autograd, CUDA graphs).
+        ModelError: the model has no linear layer to project, does not accept the sample, is already compiled, or is
+            not the one of ``plan``.
+        OptimizerError: the optimizer is over other parameters, or its step cannot be lowered.
+        BudgetError: no plan fits the budget (with a sample), or the bytes kept through the step already exceed it.
+        All are raised before anything in the model changes. With a budget and no sample the first training call may
+        raise ModelError or BudgetError, before it runs.
     """
     request = Request(budget, sample, recipe, optimizer, overrides, keep_logits, micro_batches, reserve=reserve)
     if plan is not None:
@@ -146,11 +155,11 @@ def _compiled(
     if enforce:
         enforce_budget(model, made.budget_bytes)
     if normalization is not None and decisions.recipe.weight_bits is not None:
-        normalization.keep()  # all checks are behind; what is stored in 8 bits must not be held besides
+        normalization.keep()  # checks have passed; do not hold the originals of 8-bit weights
     head = None if request.keep_logits or made.keep_logits else HeadCompiler()
     assembled = assemble(model, decisions, request.optimizer, RegionCompiler(), Forwards(head, strict))
     whole = assembled.installed.whole
-    warn_of_eval = weakref.WeakMethod(whole.warn_of_eval)  # an optimizer that is kept keeps no model
+    warn_of_eval = weakref.WeakMethod(whole.warn_of_eval)  # so an optimizer does not keep its model alive
     assembled.optimizer.register_step_pre_hook(lambda *_: warn() if (warn := warn_of_eval()) is not None else None)
     compiled = Compiled(assembled)
     whole.check = TrainingCheck(

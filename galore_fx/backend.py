@@ -1,13 +1,13 @@
-"""galore_fx as a backend of ``torch.compile``: the whole model is one graph, the update is deferred.
+"""Offers galore_fx as a backend of ``torch.compile``: the whole model is one graph, and the update is deferred.
 
     model = torch.compile(model, backend="galore_fx", options={"rank": 128})
     optimizer = galore_fx.optimizer(model, functools.partial(torch.optim.AdamW, lr=1e-3))
 
-The backend sees a graph and its parameters but not the model; ``optimizer`` makes the records that tell it how each
-weight's gradient is wanted. Before that a training forward runs as it is, and its backward raises: another optimizer
-would find no gradient on the projected weights and train nothing.
+The backend sees a graph and its parameters but not the model. ``optimizer`` creates the records that state in which
+form each weight's gradient is needed. Before that call a training forward runs unchanged, and its backward raises: the
+projected weights have no gradient for another optimizer, so it would train nothing.
 
-Not handled: head and loss stay as the model says (its logits are formed), and the update cannot run in the backward.
+Limits: head and loss stay as the model defines them (its logits are formed), and no update can run in the backward.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ _NO_OPTIMIZER = (
 
 
 class _BackendModel:
-    """What the backend knows of one model: its graphs, its options, whether an optimizer exists."""
+    """Holds the graphs and options of one model, and whether its optimizer exists."""
 
     def __init__(self, options: dict[str, Any] | None) -> None:
         self.compiler = RegionCompiler()
@@ -50,7 +50,7 @@ class _BackendModel:
         self.is_built = False
 
 
-# By parameter: the only thing that a graph and a model have in common.
+# Keyed by parameter, the only object that a graph and its model share.
 _MODELS: Any = WeakTensorKeyDictionary()
 
 
@@ -61,16 +61,21 @@ def galore_fx_backend(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """The backend that ``torch.compile`` finds under the name ``galore_fx``.
+    """Compiles one graph; registered with ``torch.compile`` under the name ``galore_fx``.
 
     Args:
         gm: a graph from Dynamo.
         example_inputs: its inputs.
-        options: ``budget``, ``recipe`` and overrides, as of ``galore_fx.compile``.
-        mode: none of torch's is supported.
+        options: ``budget``, ``recipe`` and overrides, as in ``galore_fx.compile``.
+        mode: must be None; no mode of torch's is supported.
+
+    Returns:
+        A function that runs the graph. In training, before ``galore_fx.optimizer`` is called, its backward raises
+        UsageError.
 
     Raises:
-        SettingError: a mode, compiled autograd or CUDA graphs, or options other than those of ``galore_fx.optimizer``.
+        SettingError: a mode is given, compiled autograd or CUDA graphs are on, or the options differ from those given
+            to ``galore_fx.optimizer``.
     """
     if mode is not None:
         raise SettingError(
@@ -94,19 +99,21 @@ def galore_fx_backend(
 def optimizer(
     model: nn.Module, optimizer: OptimizerChoice = torch.optim.AdamW, *, options: Mapping[str, Any] | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer of a model that was compiled by ``torch.compile(model, backend="galore_fx")``.
+    """Creates the optimizer of a model that was compiled by ``torch.compile(model, backend="galore_fx")``.
 
     Args:
-        model: what ``torch.compile`` returned, or the module inside it.
-        optimizer: as of ``galore_fx.compile``.
-        options: those given to ``torch.compile``, where it was given a function and not the model.
+        model: the result of ``torch.compile``, or the module inside it.
+        optimizer: as in ``galore_fx.compile``.
+        options: the options given to ``torch.compile``; needed only if it compiled a function instead of the model.
 
     Returns:
-        The optimizer to step; the same one when called again. ``model.galore_fx`` has ``.plan`` and ``.stats()``.
+        The optimizer to step; a second call returns the same one. ``model.galore_fx`` has ``.plan`` and ``.stats()``.
 
     Raises:
         UsageError: the model was compiled by another backend.
-        SettingError, ModelError, OptimizerError, BudgetError: as of ``galore_fx.compile``.
+        ModelError: the model was compiled by ``galore_fx.compile``, or as there.
+        SettingError: an option needs ``galore_fx.compile``, differs from an earlier call, or as there.
+        OptimizerError, BudgetError: as in ``galore_fx.compile``.
     """
     inner = getattr(model, "_orig_mod", model)
     name, given = backend_settings(model)
@@ -136,17 +143,17 @@ def optimizer(
             )
         assembled = assemble(inner, decide(inner, asked), optimizer, known.compiler, None)
     inner.galore_fx = Compiled(assembled)
-    # torch's wrapper is a module of its own, with a zero_grad of its own.
+    # torch's wrapper is a separate module with its own zero_grad.
     vars(model)["zero_grad"] = inner.zero_grad
     known.is_built = True
     return assembled.optimizer
 
 
 def _one_graph_settings(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with what follows from there being one graph.
+    """Returns the options completed by the values that a single graph requires.
 
     Raises:
-        SettingError: they ask for what one graph cannot do.
+        SettingError: an option has a value that a single graph does not support.
     """
     only = {name: part.one_graph for name, part in parts_of(Recipe).items() if part.one_graph is not UNSET}
     settings = {**only, **options}
@@ -160,16 +167,16 @@ def _one_graph_settings(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_of(trained: Sequence[nn.Parameter], options: dict[str, Any] | None) -> _BackendModel:
-    """The model that these parameters belong to; a new one where none of them is known.
+    """Returns the record of the model that these parameters belong to; a new one if none of them is known.
 
     Raises:
-        SettingError: it is known with other options.
+        SettingError: the model already has other options.
     """
     known = next((_MODELS[p] for p in trained if p in _MODELS), None)
     if known is None:
         known = _BackendModel(options)
     if options is not None and not known.is_built:
-        known.options = options  # nothing has been made of the earlier ones
+        known.options = options  # nothing has been built with the earlier options
     elif options is not None and options != known.options:
         raise SettingError(
             f"the model was given options={known.options} before and options={options} now; "

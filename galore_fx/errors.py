@@ -1,29 +1,29 @@
-"""Every error a user can cause, in one place. Each message names the value, what is allowed, and what to do next."""
+"""Defines every error that a user can cause. Each message gives the value, the allowed ones and the next step."""
 
 
 class GaloreFxError(Exception):
-    """Base class of all errors raised on purpose by galore_fx."""
+    """Base class of all errors that galore_fx raises deliberately."""
 
 
 class SettingError(GaloreFxError, ValueError):
-    """A recipe, an override or a budget that cannot be used."""
+    """A recipe, an override, a budget or another setting cannot be used."""
 
 
 class ModelError(GaloreFxError, ValueError):
-    """A model, or a sample for it, that cannot be compiled."""
+    """A model cannot be compiled, or does not accept its sample."""
 
 
 class OptimizerError(GaloreFxError, ValueError):
-    """An optimizer that does not belong to the model, or whose step cannot be lowered."""
+    """An optimizer does not belong to the model, or its step cannot be lowered."""
 
 
 class BudgetError(GaloreFxError, ValueError):
-    """No plan fits the budget; the message says what the smallest one needs and what forms it."""
+    """No plan fits the budget; the message gives the bytes of the smallest plan, in total and by category."""
 
 
 class CaptureError(GaloreFxError, RuntimeError):
-    """A region of the model could not be captured as one graph."""
+    """A block of the model could not be captured as one graph."""
 
 
 class UsageError(GaloreFxError, RuntimeError):
-    """A call that is right by itself, but wrong at this moment (a second backward before ``step()``, ...)."""
+    """A call comes at the wrong time, though valid in itself (a second backward before ``step()``, ...)."""

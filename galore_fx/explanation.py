@@ -1,4 +1,4 @@
-"""``galore_fx.explain``: what the passes do to a model, found on fake tensors; nothing is computed or changed."""
+"""Defines ``galore_fx.explain``, which runs the passes on fake tensors; nothing is computed, and no model changes."""
 
 import dataclasses
 import warnings
@@ -33,11 +33,11 @@ from galore_fx.units import format_bytes
 
 @dataclasses.dataclass(frozen=True)
 class GraphReport:
-    """One graph and what the passes did to it.
+    """The record of all passes over one graph.
 
     Attributes:
-        graph: which graph: a block's, head and loss, or the optimizer step's.
-        passes: what each pass did, in order.
+        graph: description of the graph: a block's, head and loss, or the optimizer step's.
+        passes: record of each pass, in order.
     """
 
     graph: str
@@ -46,15 +46,15 @@ class GraphReport:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What galore_fx does to a model. ``str()`` of it is the report.
+    """Explains the treatment of a model; ``str()`` returns the report.
 
     Attributes:
-        plan: the decisions, with the role of each parameter.
-        graphs: what the passes did.
-        uncompiled: blocks that cannot be captured as one graph, with the reason.
-        heads: the attention heads that were found in projected weights, by the weight's name; one entry for each role.
-        graph: the model's structure and what becomes of each part (``structure.structure_graph``), to query, draw or
-            write: ``networkx.write_graphml(explanation.graph, "model.graphml")``.
+        plan: the plan, with the role of each parameter.
+        graphs: record of the passes over each graph.
+        uncompiled: blocks that cannot be captured as one graph, each with the reason.
+        heads: the attention heads recognised in projected weights, by the weight's name, with one entry per role.
+        graph: the structure of the model and the treatment of each part (``structure.structure_graph``), to query, draw
+            or write: ``networkx.write_graphml(explanation.graph, "model.graphml")``.
     """
 
     plan: Plan
@@ -80,21 +80,23 @@ def explain(
     keep_logits: bool = False,
     **overrides: Any,
 ) -> Explanation:
-    """What the passes change in a model for a batch: node counts, bytes, and which parameters are projected and why.
+    """Reports the changes of the passes to a model: node counts, bytes, and why each parameter is projected or not.
 
-    Works on fake tensors: neither the model nor a compiled form of it runs, and the model may be on the meta device.
+    The passes run on fake tensors: neither the model nor a compiled form of it runs, and the model may be on the meta
+    device.
 
     Args:
-        model: a plain model, or one that ``galore_fx.compile`` has compiled (its own recipe and optimizer then hold).
+        model: a plain model, or one compiled by ``galore_fx.compile``, whose own recipe and optimizer are then used.
         sample: a batch as the model takes it.
-        recipe, optimizer, keep_logits, **overrides: as of ``galore_fx.compile``.
+        recipe, optimizer, keep_logits, **overrides: as in ``galore_fx.compile``.
 
     Returns:
         The explanation; print it.
 
     Raises:
-        ModelError: the model does not accept the sample.
-        SettingError, OptimizerError: as of ``galore_fx.compile``.
+        ModelError: the model does not accept the sample, or as in ``galore_fx.compile``.
+        SettingError: overrides are given for a compiled model, or as in ``galore_fx.compile``.
+        OptimizerError: as in ``galore_fx.compile``.
     """
     compiled = getattr(model, "galore_fx", None)
     if isinstance(compiled, Compiled):
@@ -134,7 +136,7 @@ def _forward(fake: nn.Module, sample: object, mode: FakeTensorMode) -> None:
     args, kwargs = fake_batch(sample, mode)
     try:
         with mode, as_if_real(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a fallback is part of the explanation
+            warnings.simplefilter("ignore")  # uncompiled blocks are part of the explanation
             fake(*args, **kwargs)
     except Exception as error:
         raise ModelError(
@@ -193,7 +195,7 @@ def _graph_table(graphs: Sequence[GraphReport]) -> str:
 
 
 def _parameter_table(plan: Plan) -> str:
-    """Parameters of equal name but for the numbers in it, shape and treatment share a row."""
+    """Returns a row per group of parameters of equal shape and treatment whose names differ only in numbers."""
     groups: dict[tuple[Any, ...], list[ParameterPlan]] = {}
     for entry in plan.parameters:
         pattern, shared = _pattern(entry.name), tuple(map(_pattern, entry.shared_with))
@@ -212,7 +214,7 @@ def _parameter_table(plan: Plan) -> str:
 
 
 def _head_table(heads: Mapping[str, tuple[HeadGroup, ...]]) -> str:
-    """Weights of equal name but for the numbers in it, and equal heads, share a row."""
+    """Returns a row per group of weights with equal heads whose names differ only in numbers."""
     counts: dict[tuple[str, ...], int] = {}
     for name, groups in heads.items():
         for group in groups:
@@ -232,5 +234,5 @@ def _span(features: Sequence[int]) -> str:
 
 
 def _pattern(name: str) -> str:
-    """A parameter's name with a star for each number in its path."""
+    """Returns a parameter's name with a star for each number in its path."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))

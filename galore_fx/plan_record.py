@@ -1,7 +1,7 @@
-"""The plan as data: what is done to each parameter, and the bytes that follow from it. No torch in here.
+"""Defines the plan as data, without torch: the treatment of each parameter and the resulting bytes.
 
-With a sample the plan holds the prediction of a simulated step. Without one it is the sum of what is kept through the
-step: activations, the loss and passing workspaces are not in it, and it says so.
+With a sample the plan holds the prediction of a simulated step. Without one it sums the bytes kept through the step
+and states that activations, the loss and temporary workspaces are not counted.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ NOT_COUNTED = ("activations", "loss", "workspace", "reserve")
 
 @dataclasses.dataclass(frozen=True)
 class ParameterPlan:
-    """One parameter.
+    """The plan of one parameter.
 
     Attributes:
         name: qualified name in the model.
-        shape: of the weight.
-        region: index of the region whose refreshes it shares; None where it is trained at full rank.
+        shape: shape of the parameter.
+        region: index of the region it refreshes with; None at full rank.
         dim: "rows" or "cols", the projected dimension; None at full rank.
         rank: the rank in force; None at full rank.
         bytes: bytes by category (``CATEGORIES``).
-        reason: what it is in the model, which is why it is projected or not.
-        shared_with: its other names, where several modules use it.
-        weight_bits: of a stored code, None where it is stored in its own dtype.
+        reason: why it is projected or not: its role in the model, or a recipe that projects nothing.
+        shared_with: its other names, if several modules use it.
+        weight_bits: bits of a stored code; None if it is stored in its own dtype.
     """
 
     name: str
@@ -46,16 +46,16 @@ class ParameterPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a simulated training step takes.
+    """The predicted memory and time of a training step, from a simulation.
 
     Attributes:
-        peak_bytes: highest number of bytes alive at once, in a steady or refreshing step or in evaluation.
-        phases: highest number in each phase: load, forward, backward, update, the same of a refreshing step, refresh,
-            eval, save.
+        peak_bytes: most bytes alive at once, in a steady step, a refreshing step or evaluation.
+        phases: most bytes alive in each phase: load; forward, backward and update of a steady step, and of a refreshing
+            one; refresh, eval, save.
         categories: bytes at the peak by category.
-        timeline: (phase, bytes by category) through a steady step: the highest moment of each scene, block by block.
-        uncaptured: blocks that run uncompiled.
-        seconds: time of each phase of a steady step by a roofline: for comparing plans, no promise.
+        timeline: (phase, bytes by category) through a steady step, block by block; each entry is the peak of one event.
+        uncaptured: names of the blocks that run uncompiled.
+        seconds: time of each phase of a steady step by a roofline model; only for comparing plans.
         kept: bytes by category that live through the whole step.
     """
 
@@ -70,26 +70,26 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled model does with memory.
+    """The memory plan of a compiled model: all decisions and the resulting bytes.
 
     Attributes:
         recipe: the recipe in force.
         optimizer: name of the optimizer class.
-        budget_bytes: the budget, None without one.
-        regions: names of the modules that are compiled as one graph each.
+        budget_bytes: the budget; None without one.
+        regions: names of the modules, each of which is compiled as one graph.
         parameters: one entry per trained parameter.
         fixed_bytes: bytes of frozen parameters and buffers.
-        activation_policy: for each region the share of its activations that it keeps for the backward.
-        prediction: what a simulated step takes, None where no sample was given.
-        estimated: whether the prediction is for a device on which it has not been verified.
-        reserve_bytes: kept free for what the simulation cannot see.
-        chosen: settings that the planner has chosen to meet the budget, in words.
-        rejected: settings that give up less, in words, and the bytes that they need at least.
-        nearest: where nothing fits, changes that would, in words.
-        keep_logits: as of ``compile``.
-        micro_batches: as of ``compile``.
-        batch: shapes of the sample's tensors by argument, which a training call may not exceed; empty for any.
-        device: "cpu" or "cuda", for which the prediction is; None without one.
+        activation_policy: the share of its activations that each region keeps for the backward, 0 to 1.
+        prediction: prediction from a simulated step; None without a sample.
+        estimated: whether the prediction is for a device on which predictions have not been verified.
+        reserve_bytes: bytes kept free for memory that the simulation does not cover.
+        chosen: settings chosen by the planner to meet the budget, in words.
+        rejected: settings that give up less, in words, each with the least bytes it needs.
+        nearest: if nothing fits, changes that would make it fit, in words.
+        keep_logits: as in ``compile``.
+        micro_batches: as in ``compile``.
+        batch: shapes of the sample's tensors by argument, which no training call may exceed; empty for no limit.
+        device: device of the prediction, "cpu" or "cuda"; None without a prediction.
     """
 
     recipe: Recipe
@@ -112,7 +112,7 @@ class Plan:
 
     @property
     def categories(self) -> dict[str, int]:
-        """Bytes by category at the predicted peak; without a prediction, what is kept through the step."""
+        """Bytes by category at the predicted peak, with the reserve; without a prediction, those kept in a step."""
         if self.prediction is None:
             return self.kept
         return {**self.prediction.categories, "reserve": self.reserve_bytes}
@@ -124,7 +124,7 @@ class Plan:
 
     @property
     def kept(self) -> dict[str, int]:
-        """Bytes by category, summed over the parameters; gradients as many as the update mode holds at once."""
+        """Bytes by category kept through the step; of the gradients, as many as the update mode holds at once."""
         sizes = {name: sum(p.bytes[name] for p in self.parameters) for name in CATEGORIES}
         sizes["weights"] += self.fixed_bytes
         if self.recipe.update == "in-backward":
@@ -137,27 +137,30 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted peak of a whole step, reserve included; without a prediction a lower bound of it."""
+        """Predicted peak of a whole step, reserve included; without a prediction, a lower bound of the peak."""
         return sum(self.categories.values())
 
     @property
     def is_without_batch(self) -> bool:
-        """Whether there is a budget and no batch was simulated for it."""
+        """Whether there is a budget, but no batch has been simulated for it."""
         return self.budget_bytes is not None and self.prediction is None
 
     @property
     def seconds(self) -> float:
-        """Predicted time of a steady step of at most two micro-batches, for comparing plans; 0 without a prediction."""
+        """Predicted time of a steady step with at most two micro-batches, to compare plans; 0 without a prediction."""
         return 0.0 if self.prediction is None else sum(self.prediction.seconds.values())
 
     @property
     def within_budget(self) -> bool:
-        """Whether ``peak_bytes``, whatever it is worth, is no more than the budget."""
+        """Whether ``peak_bytes``, even as an estimate or a lower bound, is within the budget; True without a budget."""
         return self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
 
     @property
     def fits(self) -> bool | None:
-        """Whether the step fits the budget; None where that is not known: no budget, no sample, or only an estimate."""
+        """Whether the step fits the budget; None if unknown: without budget or sample, or from an estimate alone.
+
+        False is certain as soon as the bytes kept through the step exceed the budget.
+        """
         if self.budget_bytes is None:
             return None
         if sum(self.kept.values()) > self.budget_bytes:
@@ -165,7 +168,7 @@ class Plan:
         return None if self.prediction is None or self.estimated else self.within_budget
 
     def table(self) -> str:
-        """The categories as text, with what is not counted named."""
+        """Returns the plan as text: bytes by category and phase, and the categories that are not counted."""
         rows = [(name, format_bytes(size)) for name, size in self.categories.items() if size or self.prediction is None]
         if self.prediction is None:
             rows += [(name, "not counted") for name in NOT_COUNTED]
@@ -194,7 +197,7 @@ class Plan:
         return "\n".join(parts)
 
     def to_json(self) -> str:
-        """The plan, and the figures that follow from it, as JSON."""
+        """Returns the plan and the figures derived from it as JSON text."""
         figures = {
             "peak_bytes": self.peak_bytes,
             "peak_is": "lower bound" if self.prediction is None else "estimate" if self.estimated else "prediction",
@@ -208,10 +211,10 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan that ``to_json`` wrote.
+        """Reads a plan from the text that ``to_json`` wrote; derived figures are computed anew.
 
         Raises:
-            SettingError: not such a plan.
+            SettingError: the text is not such a plan.
         """
         try:
             data = json.loads(text)

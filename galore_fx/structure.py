@@ -1,4 +1,4 @@
-"""A model's structure as a directed graph: blocks, parameters, heads, who shares what, and what becomes of each.
+"""Builds a directed graph of a model's structure: blocks, parameters, heads, sharing, and treatment.
 
 model ──has──> block ──has──> parameter ──has──> heads
   └────has──> parameter        │  └──uses basis of──> parameter
@@ -16,19 +16,21 @@ from galore_fx.plan_record import Plan
 def structure_graph(
     title: str, plan: Plan, heads: Mapping[str, Sequence[HeadGroup]], basis_owners: Mapping[str, str]
 ) -> "networkx.DiGraph[str]":
-    """The graph of a planned model. Every attribute is text or a number, so that it can be written as GraphML.
+    """Returns the graph of a planned model. Every attribute is text or a number, so it can be written as GraphML.
 
     Args:
-        title: name of the model's class; the node of the model.
-        plan: the decisions.
+        title: name of the model's class, which also names the model's node.
+        plan: the plan of the model.
         heads: the attention heads of projected weights, by the weight's name.
-        basis_owners: for each weight whose basis is that of another one the other's name.
+        basis_owners: maps each weight that uses another weight's basis to the other's name.
 
     Returns:
         Nodes have a ``kind``: "model", "block", "parameter", "heads" or "name" (another name of a shared parameter).
         Parameters have ``shape``, ``elements``, ``treatment`` ("projected" or "full rank"), ``rank`` and ``dim`` (0 and
-        "" at full rank), ``role``, and bytes by category (``bytes_weights``, ``bytes_bases``, ...); blocks the same
-        bytes, summed. Edges have a ``relation``: "has", "is also", "uses basis of".
+        "" at full rank), ``role``, ``weight_bits`` (0 in their own dtype), and bytes by category (``bytes_weights``,
+        ``bytes_bases``, ...). Their block, or the model for parameters outside all blocks, has the sums of these bytes.
+        Heads have ``role``, ``number`` and ``size`` (features of one head). Edges have a ``relation``: "has",
+        "is also", "uses basis of".
     """
     graph: networkx.DiGraph[str] = networkx.DiGraph(recipe=plan.recipe.name, optimizer=plan.optimizer)
     graph.add_node(title, kind="model")

@@ -1,7 +1,7 @@
-"""Bytes as people write them.
+"""Reads and formats numbers of bytes.
 
-Inside galore_fx bytes are integers. Text that comes in may use decimal units (``GB`` = 10**9) or binary ones
-(``GiB`` = 2**30); text that goes out is always binary.
+Inside galore_fx bytes are integers. Input text may use decimal units (``GB`` = 10**9) or binary ones
+(``GiB`` = 2**30); output text always uses binary ones.
 """
 
 import math
@@ -25,17 +25,17 @@ _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([A-Za-z]+)\s*")
 
 
 def parse_bytes(value: str | int, name: str = "budget") -> int:
-    """Bytes of a budget, or of what else ``name`` says.
+    """Reads a number of bytes.
 
     Args:
         value: text such as ``"16GB"`` or ``"15.5 GiB"``, or a positive integer of bytes.
-        name: what it is, for messages.
+        name: name of the setting, for messages.
 
     Returns:
         Bytes, a positive integer.
 
     Raises:
-        SettingError: not of that form, or not positive; names the value.
+        SettingError: the value has another form, or is not positive; the message names it.
     """
     allowed = f"{_ALLOWED}{', or auto for what the device has' if name == 'budget' else ''}"
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -57,7 +57,7 @@ def parse_bytes(value: str | int, name: str = "budget") -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """``num_bytes`` in the largest binary unit that keeps at least one digit before the point."""
+    """Returns ``num_bytes`` as text in the largest binary unit, up to TiB, that it reaches."""
     size = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:

@@ -1,1 +1,1 @@
-"""Graph in, graph (or data) out: the passes over the model's graph, the optimizer's graph, and the memory plan."""
+"""Passes over the model's graph and the optimizer's graph, and the memory plan."""

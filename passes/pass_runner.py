@@ -1,4 +1,4 @@
-"""Runs passes in order: names, times and verifies each, and keeps what it changed for ``explain``."""
+"""Runs passes in order; names, times and verifies each, and records its effect for ``explain``."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ _EFFECT = "galore_fx_effect"
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What a pass says of its work.
+    """Effect of a pass, as the pass reports it.
 
     Attributes:
-        count: how many times it changed something.
-        what: what that is, in words.
-        bytes_before: bytes that the rewritten part made before, None where the pass is not about bytes.
-        bytes_after: and after.
+        count: number of changes.
+        what: description of the changed items.
+        bytes_before: bytes of the affected values before the pass; None if the pass is not about bytes.
+        bytes_after: bytes of the values that replace them; None likewise.
     """
 
     count: int
@@ -32,7 +32,15 @@ class Effect:
 
 @dataclasses.dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its name, its time in seconds, the graph's nodes before and after, and its own words."""
+    """Record of one pass.
+
+    Attributes:
+        name: name of the pass.
+        time_s: seconds.
+        num_nodes_before: nodes of the graph before the pass.
+        num_nodes_after: nodes of the graph after the pass.
+        effect: the effect that the pass reported, None for none.
+    """
 
     name: str
     time_s: float
@@ -42,20 +50,20 @@ class PassRecord:
 
 
 def note_effect(gm: fx.GraphModule, effect: Effect) -> None:
-    """Called by a pass, on the graph that it returns."""
+    """Records the effect of a pass on the graph that the pass returns."""
     gm.meta[_EFFECT] = effect
 
 
 def run_passes(
     gm: fx.GraphModule, example_inputs: Sequence[object], passes: Sequence[GraphPass]
 ) -> tuple[fx.GraphModule, list[PassRecord]]:
-    """Applies ``passes`` to ``gm`` one after the other.
+    """Applies ``passes`` to ``gm`` in order.
 
     Returns:
-        The graph after the last pass, and a record per pass.
+        The graph after the last pass, and one record per pass.
 
     Raises:
-        RuntimeError: a pass returned something else than a graph, or a malformed one; names it and those before.
+        RuntimeError: a pass did not return a graph, or a malformed one; the message names it and the passes before it.
     """
     records: list[PassRecord] = []
     for graph_pass in passes:

@@ -1,1 +1,1 @@
-"""What runs during training: bases, per-parameter state, dispatch of regions, the optimizer, refreshes, the meter."""
+"""Code that runs during training: bases, per-parameter state, region dispatch, optimizer, refreshes and meter."""

@@ -1,4 +1,4 @@
-"""Functions with a code object of their own, whose entries Dynamo counts and remembers apart from all others."""
+"""Gives functions their own code objects, so that Dynamo counts and caches their entries separately."""
 
 import itertools
 import types
@@ -9,13 +9,13 @@ _NUMBERS = itertools.count()
 
 
 def own_code_object(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls ``function``, with a code object and a name that no other function has.
+    """Returns a function that calls ``function`` and has a unique code object and name.
 
-    So it is with the functions that ``function`` wraps: after a graph break in one of them Dynamo compiles its code,
-    whose entries would otherwise be counted together with those of all models of the class.
+    The functions that ``function`` wraps are copied likewise. After a graph break in one of them Dynamo compiles its
+    code, whose cache entries would otherwise be counted across all models of the class.
 
-    The name matters too: Dynamo remembers under file, line and name which sizes have changed between calls, and would
-    make a second model's sizes symbols because they are not those of the first.
+    The name must be unique because Dynamo records changing sizes by file, line and name. A second model with other
+    sizes than the first would otherwise get symbolic sizes.
     """
     number = next(_NUMBERS)
     own = _own_copy(function, number)

@@ -1,4 +1,4 @@
-"""What has happened in a run so far."""
+"""Counters of a training run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,13 +7,14 @@ from typing import Any
 
 @dataclasses.dataclass
 class Counters:
-    """What has happened so far; saved with the state.
+    """Counts the events of a run; saved with the optimizer state.
 
     Attributes:
         num_updates: finished optimizer steps.
-        num_skipped: steps (deferred) or single parameters' updates (in-backward) left out for NaN or Inf.
+        num_skipped: steps (deferred) or single-parameter updates (in-backward) skipped because of NaN or Inf.
         num_refreshes: bases renewed.
-        num_failed_refreshes: refreshes that kept the old basis: the gradient was not finite, zero, or the SVD failed.
+        num_failed_refreshes: refreshes that kept the old basis because the gradient was zero or not finite, or the
+            SVD failed.
     """
 
     num_updates: int = 0
@@ -22,6 +23,10 @@ class Counters:
     num_failed_refreshes: int = 0
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Takes over the counters among what was saved."""
+        """Restores the counters from a saved mapping.
+
+        Raises:
+            KeyError: a counter is missing.
+        """
         for field in dataclasses.fields(self):
             setattr(self, field.name, saved[field.name])

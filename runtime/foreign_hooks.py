@@ -1,4 +1,4 @@
-"""Hooks that others have set, on every module or on a gradient, and transformers' collector of outputs."""
+"""Detects hooks set by other code, on all modules or on a gradient, and transformers' output collector."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ import torch
 
 
 def has_global_module_hooks() -> bool:
-    """Whether hooks of ``torch.nn.modules.module.register_module_*`` run around every module."""
+    """Returns whether global hooks (``torch.nn.modules.module.register_module_*``) are registered."""
     module = torch.nn.modules.module
     return any(getattr(module, name, None) for name in _GLOBAL_HOOKS)
 
@@ -23,16 +23,16 @@ _GLOBAL_HOOKS = (
 
 
 def captures_outputs() -> bool:
-    """Whether transformers is collecting what modules return, as it does for ``output_hidden_states=True``."""
+    """Returns whether transformers is collecting module outputs, as it does for ``output_hidden_states=True``."""
     collector = _collector()
     return collector is not None and bool(collector.get())
 
 
 @contextlib.contextmanager
 def idle_collector() -> Iterator[None]:
-    """Within it Dynamo can trace the hooks that transformers leaves on modules once it has collected outputs.
+    """Context in which Dynamo can trace the hooks that transformers leaves on modules after collecting outputs.
 
-    They look up a context variable, which it cannot, unless they are told that something is being compiled.
+    The hooks read a context variable, which Dynamo cannot trace, unless the collector's ``compiling`` flag is set.
     """
     collector = _collector()
     if collector is None:
@@ -53,5 +53,5 @@ def _collector() -> Any:
 
 
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
-    """Whether there are hooks of ``register_hook`` on a leaf, which may exchange its gradient."""
+    """Returns whether a leaf has ``register_hook`` hooks, which may replace its gradient."""
     return bool(tensor._backward_hooks)

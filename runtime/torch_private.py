@@ -1,8 +1,8 @@
-"""The private parts of torch that galore_fx stands on, in one place (torch 2.11 to 2.13).
+"""Collects all private torch APIs that galore_fx depends on (torch 2.11 to 2.13).
 
-Everything else in the package uses public names, but for methods that torch calls on its classes by underscored names
-(``nn.Module._apply``, ``_load_from_state_dict``, ``Optimizer._step_supports_amp_scaling``), a tensor's ``_version``,
-and hooks (``foreign_hooks.py``).
+The rest of the package uses public names, with three exceptions: underscored methods that torch calls on its classes
+(``nn.Module._apply``, ``_load_from_state_dict``, ``Optimizer._step_supports_amp_scaling``), the ``_version`` of a
+tensor, and hooks (``foreign_hooks.py``).
 """
 
 import contextlib
@@ -82,10 +82,10 @@ __all__ = [
 
 
 def backend_settings(model: torch.nn.Module) -> tuple[str | None, dict[str, Any] | None]:
-    """Name of the backend and the options that a module was given to ``torch.compile`` with.
+    """Returns the backend name and the options with which ``torch.compile`` compiled a module.
 
     Returns:
-        (None, None) for a module that is not what ``torch.compile`` returns.
+        (name, options); (None, None) for a module that ``torch.compile`` did not return.
     """
     context = getattr(model, "dynamo_ctx", None)
     if context is None:
@@ -101,19 +101,22 @@ def compile_graph(
     activation_budget: float = 1.0,
     on_backward: Callable[[fx.GraphModule], None] | None = None,
 ) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on a torch-level graph.
+    """Compiles a torch-level graph with AOTAutograd and Inductor.
 
     Args:
         gm: the graph.
-        inputs: examples of its inputs, which may be fake.
-        activation_budget: what the partitioner may save, as of ``torch._functorch.config.activation_memory_budget``.
-        on_backward: changes the backward's graph in place before Inductor gets it.
+        inputs: example inputs, which may be fake.
+        activation_budget: memory budget of the partitioner, as ``torch._functorch.config.activation_memory_budget``.
+        on_backward: changes the backward graph in place before Inductor compiles it.
+
+    Returns:
+        The compiled function.
     """
 
     def compile_inner(graph: fx.GraphModule, examples: Any, **settings: Any) -> Any:
         if on_backward is not None and settings.get("is_backward"):
             on_backward(graph)
-        # Inductor's cache on disk knows the graph, and not which saved tensors the backward may write over.
+        # The key of Inductor's disk cache covers the graph but not which saved tensors the backward may overwrite.
         tag = f"{compiler_config.cache_key_tag}, may write over {_donated_inputs()}"
         with compiler_config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
             return _compile_fx.compile_fx_inner(graph, examples, **settings)
@@ -123,10 +126,11 @@ def compile_graph(
 
 
 def compiler_settings() -> tuple[object, ...]:
-    """The settings of the process that a compiled graph was built on and that Dynamo guards no graph of ours by.
+    """Returns the process settings that affect a compiled graph but are not guarded by Dynamo for our graphs.
 
-    Whether a backward may write over saved tensors (off, a second backward through one graph is allowed), whether
-    operations must be deterministic, and how products are rounded and split over threads.
+    Whether a backward may overwrite saved tensors (if off, a second backward through one graph is allowed), whether
+    Inductor uses torch's random generator, whether operations must be deterministic (and only warn), the matmul
+    precision, and the number of threads.
     """
     return (
         functorch_config.donated_buffer,
@@ -139,7 +143,7 @@ def compiler_settings() -> tuple[object, ...]:
 
 
 def _donated_inputs() -> list[int]:
-    """Of the backward that is being compiled: saved tensors that nobody reads after it, which its kernels reuse."""
+    """Returns the indices of saved tensors that the backward being compiled may overwrite, as its last reader."""
     context = TracingContext.try_get()
     metadata = context.fw_metadata if context is not None else None
     return list(getattr(metadata, "bw_donated_idxs", None) or [])
@@ -149,36 +153,42 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def accumulates(leaf: torch.Tensor) -> bool:
-    """Whether the backward that runs on this thread adds to a leaf's gradient, as ``torch.autograd.grad`` does not."""
+    """Returns whether the running backward accumulates into a leaf's ``.grad``; ``torch.autograd.grad`` does not."""
     try:
         return bool(torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node))
-    except RuntimeError:  # what torch.autograd.grad was asked for
+    except RuntimeError:  # the leaf is an input of torch.autograd.grad
         return False
 
 
 def saves_elsewhere() -> bool:
-    """Whether hooks on saved tensors are active, which may give others back than were saved."""
+    """Returns whether saved-tensor hooks are active, which may unpack other tensors than were packed."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def current_tracing_context() -> TracingContext:
-    """Dynamo's context while a backend runs: it owns the fake mode and the symbols of the graph."""
+    """Returns Dynamo's context while a backend runs; it owns the fake mode and the symbols of the graph."""
     context = TracingContext.try_get()
     assert context is not None, "a backend runs inside Dynamo's tracing context"
     return context
 
 
-# What Dynamo takes to stay as it is unless it is told otherwise: hooks on modules, and which parameters are one tensor.
+# Guards that Dynamo skips by default: hooks on modules, and aliasing among parameters.
 _GUARDED = {"skip_nnmodule_hook_guards": False, "skip_no_tensor_aliasing_guards_on_parameters": False}
 
 
 def dispatch_compiler(
     function: Callable[..., Any], backend: Callable[..., Any], *, recompile_limit: int, whole: bool = True
 ) -> Callable[..., Any]:
-    """``torch.compile`` of one function with its own limit of recompilations; ``whole``: as one graph or not at all.
+    """Compiles one function with ``torch.compile`` and its own recompilation limit.
 
-    A message that the model logs once, like transformers' about a default loss, does not break the graph: it is left
-    out.
+    Messages that a model logs once, such as transformers' notice of a default loss, are dropped; otherwise they would
+    break the graph.
+
+    Args:
+        function: the function.
+        backend: the Dynamo backend.
+        recompile_limit: limit of recompilations of this function.
+        whole: require a single graph (``fullgraph``).
     """
     compiled = torch.compile(function, backend=backend, fullgraph=whole)
 
@@ -187,7 +197,7 @@ def dispatch_compiler(
         with (
             _dynamo_settings(**limits, **_GUARDED, ignore_logging_functions=_logged_once()),
             _loggable_settings(),
-            idle_collector() if whole else contextlib.nullcontext(),  # else what runs in between may collect
+            idle_collector() if whole else contextlib.nullcontext(),  # otherwise code between the graphs may collect
         ):
             return compiled(*args, **kwargs)
 
@@ -195,9 +205,9 @@ def dispatch_compiler(
 
 
 def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` of a function with symbolic sizes whose modules' floats are constants.
+    """Compiles a function with symbolic sizes, keeping the float attributes of modules constant.
 
-    Dynamo makes symbols of them otherwise, whose guards torch 2.11 cannot evaluate on fake tensors.
+    Dynamo would otherwise make them symbols, whose guards torch 2.11 cannot evaluate on fake tensors.
     """
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
 
@@ -209,9 +219,9 @@ def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _BitcastsInRegisters:
-    """Within it Inductor's C++ casts the bits of whole vectors, and not element by element through memory.
+    """Context in which Inductor's C++ code bitcasts whole vectors instead of single elements through memory.
 
-    That halves the time of a kernel that rounds stochastically; the numbers are the same.
+    This halves the time of a kernel that rounds stochastically. The results are identical.
     """
 
     def __enter__(self) -> None:
@@ -235,12 +245,12 @@ def _vector_bitcast(x: Any, dtype: torch.dtype, src_dtype: torch.dtype) -> Any:
     return f"[&]() {{ {vector} out; {copied} return out; }}()"
 
 
-# Inductor looks up what runs on numbers, not vectors, by the name of what runs on vectors.
+# Inductor finds the scalar version of a vector operation by its name.
 _vector_bitcast.__name__ = "to_dtype_bitcast"
 
 
 def num_captured_graphs() -> int:
-    """How many graphs Dynamo has captured so far."""
+    """Returns the number of graphs that Dynamo has captured so far."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
@@ -250,7 +260,7 @@ def _logged_once() -> set[Callable[..., Any]]:
 
 
 def _loggable_settings() -> contextlib.AbstractContextManager[Any]:
-    """torch 2.11 logs its settings after each compilation, and reports an error where there is a set of functions."""
+    """Disables the logging of Dynamo's settings where it fails: torch 2.11 cannot log a set of functions."""
     if _can_log_settings():
         return contextlib.nullcontext()
     return mock.patch.object(torch._dynamo.utils, "_get_dynamo_config_for_logging", lambda: None)
@@ -279,30 +289,30 @@ def _dynamo_settings(**settings: Any) -> Iterator[None]:
 
 
 def in_backward() -> bool:
-    """Whether autograd's engine is running on this thread, as it is when a checkpoint recomputes."""
+    """Returns whether autograd's engine runs on this thread, as it does when a checkpoint recomputes."""
     return torch._C._current_graph_task_id() != -1
 
 
 def tensor_use_count(tensor: torch.Tensor) -> int:
-    """References to a tensor in C++."""
+    """Returns the number of C++ references to a tensor."""
     return int(tensor._use_count())  # type: ignore[attr-defined]
 
 
 def storage_use_count(tensor: torch.Tensor) -> int:
-    """References to a tensor's storage in C++."""
+    """Returns the number of C++ references to the storage of a tensor."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def size_hint(size: int | torch.SymInt) -> int:
-    """A size, or the value that a symbolic one had when it was captured."""
+    """Returns a size; for a symbolic size, its value at capture."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
 def refuse_unsupported_modes() -> None:
-    """Raises where the process runs torch in a mode under which a compiled block would be wrong.
+    """Rejects torch modes under which a compiled block would be wrong.
 
     Raises:
-        SettingError: compiled autograd, or Inductor's CUDA graphs; names it.
+        SettingError: compiled autograd or Inductor's CUDA graphs are on; the message names the mode.
     """
     autograd = torch._dynamo.config.compiled_autograd or _compiled_autograd.compiled_autograd_enabled
     if autograd:
@@ -318,17 +328,17 @@ def refuse_unsupported_modes() -> None:
 
 
 def optimizer_internals(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The instance attributes of an optimizer, to build a second one around traced values."""
+    """Returns a copy of an optimizer's instance attributes, from which a second one is built around traced values."""
     return dict(optimizer.__dict__)
 
 
-# What libkineto and the CPU allocator write to the process's stderr when memory is profiled: nothing a user can act on.
+# Messages of libkineto and the CPU allocator on stderr during memory profiling; users cannot act on them.
 _PROFILER_CHATTER = ("SyncActivityProfilerHandler", "was allocated before the profiling started")
 
 
 @contextlib.contextmanager
 def quiet_profiler() -> Iterator[None]:
-    """Keeps the profiler's own lines off stderr (they are written by C++); everything else is passed on afterwards."""
+    """Context that filters the C++ messages of the profiler from stderr; all other lines are written on exit."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as caught:
@@ -346,9 +356,9 @@ def quiet_profiler() -> Iterator[None]:
 
 
 def attention_with_linear(linear: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A copy of torch's multi-head attention that multiplies by its weights with ``linear``, and torch's own linear."""
+    """Returns torch's multi-head attention, copied to apply its weights with ``linear``, and torch's own linear."""
     functional = torch.nn.functional
-    # Not to be taken for an operation as a whole: what ``linear`` gets need not be a tensor.
+    # No override of the whole attention may be dispatched: the weights passed to ``linear`` need not be tensors.
     names: dict[str, Any] = {**vars(functional), "linear": linear, "has_torch_function": lambda _: False}
     for name in ("_in_projection", "_in_projection_packed", "multi_head_attention_forward"):
         original = getattr(functional, name)
@@ -357,14 +367,14 @@ def attention_with_linear(linear: Callable[..., Any]) -> tuple[Callable[..., Any
 
 
 def memory_events(profiler: profile) -> list[tuple[int, int]]:
-    """(time in ns, bytes) of every allocation (positive) and release (negative) on the CPU, in the order of time."""
+    """Returns (time in ns, bytes) of every CPU allocation (positive) and release (negative), in order of time."""
     events: list[Any] = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]" and e.device_index() == -1]
     return sorted(changes, key=lambda change: change[0])
 
 
 def condition_of(guards: Sequence[sympy.Basic], symbols: Sequence[sympy.Symbol]) -> Callable[[tuple[float, ...]], bool]:
-    """Guards of a ShapeEnv as one Python function of the symbols' values, given in order."""
+    """Returns the conjunction of ShapeEnv guards as a function of the symbols' values, in the given order."""
     printed = " and ".join(f"({PythonPrinter().doprint(guard)})" for guard in guards) or "True"
     names = ", ".join(str(symbol) for symbol in symbols)
     return eval(f"lambda values: (lambda {names}: {printed})(*values)", {"math": math})  # type: ignore[no-any-return]

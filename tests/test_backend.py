@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import galore_fx
+from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
 from tests.models import adamw, assert_gradients_equal, backward, batches, largest_error, llama
 
 pytestmark = pytest.mark.usefixtures("without_kernels")
@@ -135,3 +136,10 @@ def test_heads_compiled_before_take_no_entries_from_the_class_of_the_model():
         backward(model, batches(1)[0])
     projected = plain.galore_fx.stats()["projected"]
     assert len(projected) == 7 and all(plain.get_parameter(name).grad is None for name in projected)
+
+
+def test_a_budget_that_is_too_small_leaves_the_weights_as_they_are():
+    model = torch.compile(llama(1), backend="galore_fx", options={"recipe": "q-galore", "budget": "100KB", "rank": 8})
+    with pytest.raises(galore_fx.BudgetError):
+        galore_fx.optimizer(model, adamw())
+    assert not any(isinstance(p, QuantizedTensor) for p in model.parameters())

@@ -1,6 +1,6 @@
-"""Everything that must hold before a change lands: format, lint, types, tests.
+"""Runs all checks that a change must pass: format, lint, types, tests.
 
-python tools/check.py            all of it
+python tools/check.py            all checks
 python tools/check.py --fast     without the tests
 """
 
@@ -22,7 +22,7 @@ def main() -> int:
     if "--fast" not in sys.argv[1:]:
         checks.append([sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=10"])
     failed = 0
-    # A test worker has a core of its own: threads of several workers would wait for each other.
+    # One thread per test worker: threads of several workers would compete for the cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for command in checks:
         print("$", *command[1:], flush=True)

@@ -1,4 +1,4 @@
-"""``galore-fx plan``, under the name that it has in a checkout: python tools/plan.py --help."""
+"""Runs ``galore-fx plan`` from a checkout: python tools/plan.py --help."""
 
 from galore_fx.cli.plan import run
 

@@ -1,4 +1,4 @@
-"""``galore-fx train``, under the name that it has in a checkout: python tools/train.py --help."""
+"""Runs ``galore-fx train`` from a checkout: python tools/train.py --help."""
 
 from galore_fx.cli.train import run
 

@@ -1,7 +1,7 @@
-"""mypy --strict on the package in its installed shape.
+"""Runs mypy --strict on the package in its installed layout.
 
 ``passes/`` and ``runtime/`` install as ``galore_fx.passes`` and ``galore_fx.runtime``, which mypy cannot see in a
-checkout. A temporary tree of links has the installed shape; paths are mapped back in what mypy prints.
+checkout. A temporary tree of links has the installed layout; paths in mypy's output are mapped back.
 """
 
 import subprocess

@@ -1,1 +1,1 @@
-"""From a request to a model that trains: decisions, reparametrised and quantised weights, optimizer, forwards."""
+"""Turns a request into a model that trains: decisions, normalised and quantised weights, optimizer, forwards."""

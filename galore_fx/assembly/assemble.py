@@ -1,7 +1,7 @@
-"""From decisions to a model that trains: stored weights, records and optimizer, compiled forwards.
+"""Applies decisions to a model: stored weights, records and optimizer, compiled forwards.
 
-The one place where decisions are acted on. ``compile`` calls it on the user's model, torch.compile's backend on one
-whose forward it leaves alone, the simulator and ``explain`` on fake copies.
+This is the only place that applies decisions. ``compile`` calls it on the user's model, the torch.compile backend on a
+model whose forwards stay, the simulator and ``explain`` on fake copies.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from torch import nn
 from galore_fx.assembly.build_optimizer import build_optimizer
 from galore_fx.assembly.decisions import Decisions
 from galore_fx.assembly.install_forwards import InstalledBlocks, install
+from galore_fx.assembly.plan_parameters import check_budget
 from galore_fx.assembly.quantize_weights import quantize_weights
 from galore_fx.assembly.user_optimizer import OptimizerChoice
 from galore_fx.passes.model_graph.head_compiler import HeadCompiler
@@ -24,8 +25,8 @@ class Forwards:
     """How the forwards of a model are compiled.
 
     Attributes:
-        head: rewrites head and loss; None to leave them.
-        strict: whether a block that cannot be captured is an error.
+        head: compiler that rewrites head and loss; None leaves them unchanged.
+        strict: whether a block that cannot be captured raises CaptureError.
     """
 
     head: HeadCompiler | None
@@ -34,13 +35,13 @@ class Forwards:
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """A model's compiled side.
+    """The objects that train one model.
 
     Attributes:
-        decisions: about the model as it is now, its stored weights included.
-        optimizer: steps the model.
-        compiler: compiles the blocks.
-        blocks: the installed forwards; None where the model's own were left.
+        decisions: decisions for the current model, including its stored weights.
+        optimizer: optimizer that steps the model.
+        compiler: compiler of the blocks.
+        blocks: installed forwards; None if the model keeps its own.
     """
 
     decisions: Decisions
@@ -50,7 +51,7 @@ class Assembled:
 
     @property
     def installed(self) -> InstalledBlocks:
-        """The installed forwards, where there are any."""
+        """The installed forwards; an AssertionError if there are none."""
         assert self.blocks is not None
         return self.blocks
 
@@ -64,19 +65,20 @@ def assemble(
     *,
     trained_with: Recipe | None = None,
 ) -> Assembled:
-    """Acts on decisions; changes the model in place.
+    """Applies decisions to a model in place.
 
     Args:
-        model: the model that the decisions are about.
-        decisions: all that has been checked and chosen.
-        given: the optimizer as the user gave it; an instance refuses its own ``step()`` from then on.
-        compiler: compiles the graphs of the blocks.
-        forwards: how blocks, head and loss are compiled; None to leave every forward as it is.
-        trained_with: the recipe that the optimizer trains with; that of the decisions by default.
+        model: model that the decisions are for.
+        decisions: the outcome of all checks and choices.
+        given: the user's optimizer argument; an instance refuses its own ``step()`` afterwards.
+        compiler: compiler of the blocks' graphs.
+        forwards: how blocks, head and loss are compiled; None leaves every forward unchanged.
+        trained_with: recipe of the optimizer; by default the recipe of the decisions.
 
     Raises:
-        BudgetError: what is kept through the step already exceeds the budget; nothing has changed then.
+        BudgetError: the plan exceeds its budget; nothing has changed then.
     """
+    check_budget(decisions.plan)
     decisions = quantize_weights(model, decisions)
     trained = decisions if trained_with is None else dataclasses.replace(decisions, recipe=trained_with)
     optimizer = build_optimizer(model, trained, given)

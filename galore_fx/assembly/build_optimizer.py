@@ -1,4 +1,4 @@
-"""Makes the records and the optimizer that the decisions ask for."""
+"""Creates the records of the projected parameters and the optimizer, as decided."""
 
 import torch
 from torch import nn
@@ -27,10 +27,13 @@ _SEED = 0
 
 
 def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoice) -> SubspaceOptimizer:
-    """The optimizer with its state, in place of the user's; ``model.zero_grad`` then clears projected gradients too.
+    """Returns the optimizer that replaces the user's, with its state.
+
+    On the model it replaces ``zero_grad``, which then clears projected gradients too, ``_apply``, which refuses to move
+    or cast parameters, and, where weights are quantised or normalised, ``save_pretrained``, which writes plain weights.
 
     Raises:
-        BudgetError: what is kept through the step already exceeds the budget; nothing has changed then.
+        BudgetError: the plan exceeds its budget; nothing has changed then.
     """
     check_budget(decisions.plan)
     records, layers = make_records(decisions)
@@ -46,7 +49,11 @@ def build_optimizer(model: nn.Module, decisions: Decisions, given: OptimizerChoi
 
 
 def make_records(decisions: Decisions) -> tuple[list[ProjectedParameter], list[int]]:
-    """One record per projected parameter, found by its weight from then on, and the region it belongs to."""
+    """Creates one record per projected parameter and registers it under its weight.
+
+    Returns:
+        The records, and for each the index of its region.
+    """
     linears = {w.name: w for region in decisions.regions for w in region.weights}
     generator = torch.Generator().manual_seed(_SEED)
     recipe = decisions.recipe
@@ -95,10 +102,10 @@ def _make_optimizer(
     model: nn.Module, decisions: Decisions, records: list[ProjectedParameter], layers: list[int]
 ) -> SubspaceOptimizer:
     recipe = decisions.recipe
-    # A factor's gradient is zero in the first update, where the other factor is.
+    # In the first update factor_out is zero, and with it the gradient of factor_in.
     is_second_first = recipe.basis == "subspace-iteration" or recipe.weight_norm is not None
     num_initial = max(SUBSPACE_ITERATION_WARM_UP if is_second_first else 1, recipe.iterations)
-    # So it is after a merge.
+    # A merge sets factor_out to zero again.
     num_iterations = SUBSPACE_ITERATION_WARM_UP if recipe.merge_factors else recipe.iterations
     schedule = FixedSchedule(recipe.refresh_gap, len(decisions.regions), recipe.stagger, num_initial, num_iterations)
     return SubspaceOptimizer(

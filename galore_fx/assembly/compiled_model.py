@@ -1,4 +1,4 @@
-"""``model.galore_fx``: what a compiled model knows about itself."""
+"""``model.galore_fx``: optimizer, plan and statistics of a compiled model."""
 
 import functools
 import inspect
@@ -22,12 +22,12 @@ COPY_MESSAGE = (
 
 
 class Compiled:
-    """The compiled side of one model.
+    """Gives access to the optimizer, plan and statistics of one compiled model.
 
     Attributes:
         optimizer: the ``torch.optim.Optimizer`` to step.
-        plan: what was decided for each parameter.
-        trains_its_model: True; a copy of a compiled model has another object in this one's place.
+        plan: the plan in force, with the decision for each parameter.
+        trains_its_model: True; a copy of a compiled model has a ``PlainCopy`` instead, which lacks it.
     """
 
     trains_its_model = True
@@ -41,30 +41,32 @@ class Compiled:
 
     @property
     def optimizer_choice(self) -> OptimizerChoice:
-        """The user's optimizer class with its defaults."""
+        """The user's optimizer class with its defaults, as a ``functools.partial``."""
         settings = inspect.signature(self._updates.optimizer_class).parameters
         defaults = {key: value for key, value in self.optimizer.defaults.items() if key in settings}
         return functools.partial(self._updates.optimizer_class, **defaults)
 
     def stats(self) -> dict[str, Any]:
-        """Counts and figures of the run so far.
+        """Returns counts and measurements of the run so far.
 
         Returns:
-            ``projected``: names of the projected parameters; ``rank``: their ranks in force; ``num_updates``,
-            ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``; ``refresh_time_s``: seconds
-            spent on new bases; ``refresh_queue``: the blocks that wait for new bases, the next one first, with the
-            update at which they became due and what their refresh adds to a step; with lazy refresh ``refresh_gap`` and
-            ``stability``: by name, the gaps in force and the last measurement; with cross-head projection
-            ``cross_head``: names of the weights whose heads share a
-            basis; with weights in 16 or 8 bits ``realised_movement``: of the movement that the optimizer intended for
-            the ``projected`` weights and those of ``full_rank``, the share that the stored weights have made, on a
-            sample of elements and updates (None before the first; around 1 with stochastic rounding); with residuals
-            ``residual_is_learning`` and ``num_residual_entries``; ``grad_norm``: 2-norm of all gradients of the last
-            deferred step, before clipping, None before it; ``late_parameters``: names of the parameters that were
-            unfrozen, exchanged or added since compile and are trained at full rank; ``without_gradient``: names of the
-            trainable parameters that the first update has not moved, since they got no gradient; ``uncompiled``: names
-            of the blocks that could not be captured, with the reason; ``num_region_graphs``, ``num_region_variants``,
-            ``num_update_graphs``: what was compiled.
+            ``projected``: names of the projected parameters. ``rank``: their ranks in force.
+            ``num_updates``, ``num_skipped``, ``num_refreshes``, ``num_failed_refreshes``: see ``Counters``.
+            ``refresh_time_s``: seconds spent on refreshes.
+            ``refresh_queue``: blocks that wait for a refresh, the next one first, each with the update at which it
+            became due and the bytes and seconds that its refresh adds to a step.
+            ``refresh_gap``, ``stability`` (lazy refresh only): gap in force and last measurement, by parameter name.
+            ``cross_head`` (cross-head projection only): names of the weights whose heads share a basis.
+            ``realised_movement`` (weights in 16 or 8 bits only): fraction of the movement intended by the optimizer
+            that the stored weights made, for ``projected`` and ``full_rank`` weights, on a sample of elements and
+            updates; None before the first sample, around 1 with stochastic rounding.
+            ``residual_is_learning``, ``num_residual_entries`` (sparse residuals only): whether any still selects its
+            entries, and the number of all entries.
+            ``late_parameters``: names of the parameters unfrozen, exchanged or added since compile, which train at full
+            rank. ``without_gradient``: names of the trainable parameters without a gradient in the first update.
+            ``grad_norm``: 2-norm of all gradients of the last deferred step before clipping; None before that step.
+            ``uncompiled``: names of the blocks that could not be captured, each with the reason.
+            ``num_region_graphs``, ``num_region_variants``, ``num_update_graphs``: numbers of compiled graphs.
         """
         optimizer = self.optimizer
         return {
@@ -121,7 +123,7 @@ def _recipe_stats(optimizer: SubspaceOptimizer, recipe: Recipe) -> dict[str, Any
 
 
 class PlainCopy:
-    """What a copy of a compiled model has in place of ``Compiled``: it says that it is none."""
+    """Stands in for ``Compiled`` on a copied model; any access raises UsageError."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

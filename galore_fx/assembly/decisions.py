@@ -1,4 +1,4 @@
-"""All that ``compile``, ``plan``, the backend and ``explain`` decide about a model, before anything in it changes."""
+"""Makes all decisions of ``compile``, ``plan``, the backend and ``explain`` before anything in the model changes."""
 
 import dataclasses
 import warnings
@@ -29,7 +29,15 @@ from galore_fx.units import format_bytes, parse_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Decisions:
-    """Everything that is acted on."""
+    """The outcome of all checks. Nothing has changed yet.
+
+    Attributes:
+        recipe: the recipe in force.
+        regions: the regions of the model.
+        optimizer: instance over the model's parameters; its groups and defaults are used, never its step.
+        updates: compiler of the optimizer's updates.
+        plan: the decision for each parameter.
+    """
 
     recipe: Recipe
     regions: list[Region]
@@ -39,12 +47,15 @@ class Decisions:
 
 
 def decide(model: nn.Module, request: Request, variants: Variants | None = None) -> Decisions:
-    """Resolves and checks what the user gave; errors are those of ``galore_fx.compile``.
+    """Resolves and checks a request.
 
     Args:
-        model: the model.
-        request: what is asked for; of a sample nothing is made here.
-        variants: keeps the compiled steps apart from those of the process, for a simulation.
+        model: the model; it stays unchanged.
+        request: arguments of the user; the sample is not used here.
+        variants: store of compiled steps, separate from that of the process, for a simulation.
+
+    Raises:
+        SettingError, ModelError, OptimizerError: as in ``galore_fx.compile``.
     """
     refuse_unsupported_modes()
     resolved = resolve_recipe(request.recipe, request.overrides)
@@ -96,10 +107,10 @@ def decide(model: nn.Module, request: Request, variants: Variants | None = None)
 
 
 def _check_rotation(model: nn.Module, plan: Plan, optimizer: Optimizer, updates: UpdateCompiler) -> None:
-    """Whether the states of all projected weights can be rotated.
+    """Checks that the optimizer states of all projected weights can be rotated.
 
     Raises:
-        OptimizerError: names those that cannot.
+        OptimizerError: names the states that cannot.
     """
     projected = {entry.name for entry in plan.parameters if entry.rank is not None}
     keys = {id(parameter) for name, parameter in model.named_parameters() if name in projected}
@@ -109,15 +120,15 @@ def _check_rotation(model: nn.Module, plan: Plan, optimizer: Optimizer, updates:
 
 
 def refresh_limits(recipe: Recipe) -> RefreshLimits:
-    """What may refresh in one update."""
+    """Returns the recipe's limits on the refreshes of one update."""
     return RefreshLimits(recipe.refresh_limit, recipe.refresh_limit_bytes, recipe.refresh_limit_s)
 
 
 def _check_refreshes(regions: list[Region], plan: Plan, recipe: Recipe) -> None:
-    """Whether every basis can have its turn within the gap.
+    """Checks that the limits let every basis refresh once within the gap.
 
     Raises:
-        SettingError: names what is too low.
+        SettingError: names the limits that are too low.
     """
     limits = refresh_limits(recipe)
     costs = refresh_costs(regions, plan.parameters, recipe)
@@ -138,11 +149,13 @@ def _check_refreshes(regions: list[Region], plan: Plan, recipe: Recipe) -> None:
 
 
 def decide_as_planned(model: nn.Module, plan: Plan, optimizer: OptimizerChoice) -> Decisions:
-    """What a plan that was made before says, checked against the model that it is now to be run with.
+    """Returns the decisions of an existing plan after comparing it with the model.
+
+    A plan for another device causes a warning.
 
     Raises:
-        ModelError: it was made for another model or optimizer; names what differs.
-        Besides what ``decide`` raises.
+        ModelError: the plan is for another model or optimizer; the message names the difference.
+        SettingError, OptimizerError: as in ``decide``.
     """
     decisions = decide(model, Request(recipe=plan.recipe, optimizer=optimizer))
     made = decisions.plan

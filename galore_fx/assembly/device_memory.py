@@ -1,4 +1,4 @@
-"""What a device has: for ``budget="auto"``, and to hold a process to its budget."""
+"""Reads the free memory of a device for ``budget="auto"`` and limits a process to its budget."""
 
 import os
 import re
@@ -12,14 +12,14 @@ from galore_fx.runtime.measure.meter import tensor_bytes
 
 
 def available_bytes(model: nn.Module, device: str | None) -> int:
-    """Bytes that training a model may take on its device: what is free now, and what the model itself holds.
+    """Returns the bytes that training may use on the model's device: free memory plus the model's own.
 
     Args:
         model: the model.
-        device: where it is to be trained, None for where it is.
+        device: type of the device to train on, "cpu" or "cuda"; None for the model's.
 
     Raises:
-        SettingError: it is to be trained elsewhere than it is, or is on the meta device, which has no memory.
+        SettingError: the model is on another device than it trains on, or neither on a CPU nor on CUDA (a meta model).
     """
     tensors = [*model.parameters(), *model.buffers()]
     here = tensors[0].device
@@ -36,7 +36,7 @@ def available_bytes(model: nn.Module, device: str | None) -> int:
 
 
 def _available_on_cpu() -> int:
-    """What Linux says could be had without swapping, caches included; elsewhere what is free."""
+    """Returns Linux's MemAvailable in bytes (obtainable without swapping, caches included); elsewhere free memory."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
@@ -46,7 +46,7 @@ def _available_on_cpu() -> int:
 
 
 def enforce_budget(model: nn.Module, budget_bytes: int | None) -> None:
-    """Holds this process's CUDA allocator to the budget: what exceeds it is an out-of-memory error at once.
+    """Limits this process's CUDA allocator to the budget; an allocation beyond it is an out-of-memory error.
 
     Raises:
         SettingError: there is no budget, the model is not on a CUDA device, or the device has less than the budget.

@@ -1,4 +1,4 @@
-"""Puts the compiled forms in the place of a model's forwards."""
+"""Replaces a model's forwards by dispatchers to their compiled forms."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from galore_fx.runtime.code_objects import own_code_object
 from galore_fx.runtime.dispatch.forwards import CompiledForward, OpaqueForward, RegionFunction, TrainingForward
 from galore_fx.runtime.torch_private import dispatch_compiler
 
-# Forms of one region's graph before it counts as a defect: shapes, masks and modes of a batch, not layers.
+# Most variants of one compiled function: a batch's shapes, masks and modes make variants, layers do not.
 _RECOMPILE_LIMIT = 64
-# After the break at the opaque part Dynamo compiles what the model's forward wraps too. A planner's simulated steps are
-# entries of their own.
+# After the graph break at the opaque stem Dynamo also compiles the functions that the model's forward wraps. Simulated
+# steps of the planner add entries of their own.
 _HEAD_RECOMPILE_LIMIT = 256
 
 
@@ -28,15 +28,15 @@ def install(
     policy: Sequence[float],
     strict: bool,
 ) -> "InstalledBlocks":
-    """Puts the dispatchers in place.
+    """Installs the dispatchers on the blocks, on the modules that call them and on the model.
 
     Args:
-        model: the model.
-        regions: its blocks.
-        compiler: compiles their graphs.
-        head: rewrites head and loss, None to leave them.
-        policy: for each block the share of its activations that it keeps.
-        strict: a block that cannot be captured is an error.
+        model: the model, changed in place.
+        regions: regions of its blocks.
+        compiler: compiler of their graphs.
+        head: compiler that rewrites head and loss; None leaves them unchanged.
+        policy: for each block the share of its activations that it keeps, 0 to 1.
+        strict: whether a block that cannot be captured raises CaptureError, when it is called.
     """
     blocks = InstalledBlocks(regions, compiler, strict=strict)
     blocks.set_policy(policy)
@@ -56,14 +56,14 @@ def install(
 
 
 class InstalledBlocks:
-    """The blocks' new forwards, and the compiled functions that they share.
+    """The blocks' new forwards and the compiled functions that they share.
 
-    There is one compiled function per forward function and share of activations kept; all layers of one class that
-    keep the same share use the same.
+    There is one compiled function per forward function and share of kept activations. Layers of one class with the same
+    share use the same function.
 
     Attributes:
-        forwards: in the order of the regions.
-        whole: the model's new forward.
+        forwards: new forwards of the blocks, in the order of the regions.
+        whole: new forward of the model.
     """
 
     whole: TrainingForward
@@ -76,7 +76,7 @@ class InstalledBlocks:
         self.forwards = [CompiledForward(r.name, r.module, r.module.forward) for r in regions]
 
     def set_policy(self, policy: Sequence[float]) -> None:
-        """From the next forward on, each block keeps this share of its activations."""
+        """Sets the share of its activations (0 to 1) that each block keeps from its next forward on."""
         for forward, plain, share in zip(self.forwards, self._plain, policy, strict=True):
             if (plain, share) not in self._functions:
                 compiled = dispatch_compiler(
@@ -87,18 +87,18 @@ class InstalledBlocks:
 
     @property
     def failures(self) -> dict[str, str]:
-        """Names of the blocks that run uncompiled, with the reason."""
+        """Names of the blocks that run uncompiled, each with the reason."""
         return {forward.name: forward.function.failure for forward in self.forwards if forward.function.failure}
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a forward was set on the instance; a copy of a compiled model has its class's own there."""
+    """Whether a forward other than the class's is set on the instance; a copy of a compiled model has the class's."""
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
 
 def _forward_function(module: nn.Module) -> Callable[..., Any]:
-    """What a call of the module runs, taking the module first: its class's forward, or one set on the instance."""
+    """Returns the module's forward with the module as first argument: the class's, or the one set on the instance."""
     if not _has_own_forward(module):
         function: Callable[..., Any] = type(module).forward
         return function

@@ -1,6 +1,6 @@
-"""Decides for each parameter whether and how it is projected, and sums the bytes that follow.
+"""Decides whether and how each parameter is projected, and counts the resulting bytes.
 
-Made from shapes alone: parameters may be on the meta device.
+Only shapes and dtypes are read, so parameters may be on the meta device.
 """
 
 import functools
@@ -23,7 +23,7 @@ from galore_fx.runtime.subspace.projection import ProjectedDim
 from galore_fx.units import format_bytes
 
 _SCALAR_STATE_BYTES = _NORM_BYTES = 4
-# Of the number of a column that belongs to a residual.
+# Of an int32 column index of a sparse residual.
 _COLUMN_BYTES = 4
 
 
@@ -40,18 +40,18 @@ def plan_parameters(
     budget_bytes: int | None,
     fixed_bytes: int,
 ) -> Plan:
-    """The plan of a model under a recipe.
+    """Returns the plan of a model under a recipe, without a prediction.
 
     Args:
-        named_parameters: the trained parameters, each once.
-        regions: the model's regions.
-        roles: what each of them is in the model.
-        recipe: the parts in force.
+        named_parameters: trained parameters with their names, each once.
+        regions: regions of the model.
+        roles: role of each parameter in the model, by name.
+        recipe: the recipe in force.
         optimizer: name of the optimizer class.
-        num_state_tensors: tensors of the gradient's shape that it keeps per parameter.
-        state_format: how it stores them.
-        num_state_scalars: float32 numbers that it keeps per parameter.
-        budget_bytes: the budget, None without one.
+        num_state_tensors: state tensors of the gradient's shape per parameter.
+        state_format: storage format of these tensors.
+        num_state_scalars: float32 state scalars per parameter.
+        budget_bytes: the budget; None without one.
         fixed_bytes: bytes of frozen parameters and buffers.
     """
     projected = {id(w.weight): (index, w) for index, region in enumerate(regions) for w in region.weights}
@@ -112,7 +112,7 @@ def plan_parameters(
 
 
 def fixed_bytes(model: nn.Module, recipe: Recipe) -> int:
-    """Of buffers and frozen parameters; normalised layers' weights as the recipe stores them."""
+    """Returns bytes of buffers and frozen parameters; normalised layers' weights count as the recipe stores them."""
     layers = [module for module in model.modules() if isinstance(module, NormalizedLinear)]
     stored = {id(layer.base_weight) for layer in layers if is_storable(layer.base_weight)}
     total = sum(b.nbytes for b in model.buffers())
@@ -130,15 +130,15 @@ def _stored_bytes(num_elements: int, bits: int | None, element: int) -> int:
 
 
 def basis_shape(shape: tuple[int, int], dim: ProjectedDim, rank: int, recipe: Recipe) -> tuple[int, int]:
-    """Of what is stored of a weight's basis: (size, rank), or one part's."""
+    """Returns the shape of a weight's stored basis: (size, rank), both divided by the granularity in force."""
     return dim.basis_shape(shape, rank, recipe.granularity_in_force(dim.basis_shape(shape, rank)))
 
 
 def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:
-    """Which dimension of the weight shrinks. Equal sides: the columns, as the reference does (m >= n)."""
+    """Returns the dimension of the weight that shrinks; for equal sides the columns, as in the reference (m >= n)."""
     rows, cols = linear.weight.shape
     if linear.is_factor and recipe.sides == "two":
-        return ProjectedDim.ROWS  # and the columns besides
+        return ProjectedDim.ROWS  # the columns shrink too
     if recipe.project == "shorter" or linear.is_factor:
         return ProjectedDim.COLS if rows >= cols else ProjectedDim.ROWS
     input_is_rows = linear.in_first
@@ -146,10 +146,11 @@ def projected_dim(linear: LinearWeight, recipe: Recipe) -> ProjectedDim:
 
 
 def check_budget(plan: Plan) -> None:
-    """Raises where the plan exceeds its budget: its predicted peak, or already what is kept through the step.
+    """Checks a plan against its budget.
 
     Raises:
-        BudgetError: says what is needed, and what forms it.
+        BudgetError: the predicted peak exceeds the budget; without a prediction, the bytes kept through the step do.
+            The message gives the required bytes by category.
     """
     if plan.within_budget:
         return

@@ -1,4 +1,4 @@
-"""Puts the weights that a plan stores in 8 bits in the place of the model's own, and takes them out again."""
+"""Stores the planned weights of a model as 8-bit codes, and exports them as plain tensors."""
 
 import dataclasses
 from typing import Any
@@ -11,14 +11,13 @@ from galore_fx.runtime.layers.normalized_linear import NormalizedLinear, with_me
 
 
 def quantize_weights(model: nn.Module, decisions: Decisions) -> Decisions:
-    """Replaces parameters of the model, one after the other, in its modules and in the optimizer's groups.
+    """Replaces parameters by quantised ones, one by one, in the modules and in the optimizer's groups.
 
-    Of normalised layers it is the frozen weight that is stored so.
-
-    The old ones are emptied, since whoever still holds one would otherwise keep the wide form of the weight alive.
+    In a normalised layer the frozen weight is quantised. The replaced parameters are emptied; a remaining reference to
+    one would otherwise keep the unquantised weight alive.
 
     Returns:
-        The decisions about the model as it is now.
+        The decisions with the new parameters in their regions.
     """
     if decisions.recipe.weight_norm is not None and decisions.recipe.weight_bits is not None:
         for module in model.modules():
@@ -41,10 +40,11 @@ def quantize_weights(model: nn.Module, decisions: Decisions) -> Decisions:
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The model's ``state_dict`` with ordinary tensors: where weights are stored in 8 bits (on the CPU) or normalised.
+    """Returns the model's ``state_dict`` with plain tensors, for loading into a model without galore_fx.
 
-    For a model that galore_fx has not compiled. ``model.state_dict()`` has the codes themselves, from which a run goes
-    on in the same bits. ``model.save_pretrained`` of transformers writes the ordinary ones.
+    Weights stored in 8 bits are dequantised on the CPU; each normalised layer is merged into one weight.
+    ``model.state_dict()`` keeps the codes, from which a run resumes bit-identically. transformers'
+    ``model.save_pretrained`` writes the plain tensors too.
     """
     return plain_tensors(with_merged_weights(model, model.state_dict()))
 

@@ -1,10 +1,11 @@
-"""What renewing a block's bases adds to a step, in bytes and seconds: by what the queue of refreshes is limited.
+"""Estimates the bytes and seconds that a block's refresh adds to a step; limits of the refresh queue bound their sums.
 
-From shapes alone, so that every process of a training finds the same; bytes are an upper bound (workspaces of blocks
-that refresh together are added up, though one is alive at a time) but for two things: heads that are drawn, which the
-graph shows later, keep up to a head's rows more than the rank, and rotated moments pass by in float32. Seconds are at a
-nominal rate, and without the products of the sketch, which grow with the batch. The peak of a plan does not hang on
-these costs: it is simulated. What a source of bases takes is said by the source (runtime/subspace/basis_*.py).
+Only shapes are read, so every process of a training computes the same costs. Bytes are an upper bound: workspaces of
+blocks that refresh together are added, though only one is alive at a time. Two things are missing in them: drawn heads,
+known only once the graph is captured, keep up to one head's rows more than the rank; and rotated moments pass through
+float32. Seconds assume a nominal rate and leave out the sketch's products, which grow with the batch. The peak of a
+plan does not depend on these costs, since it is simulated. Each source of bases states its own cost
+(runtime/subspace/basis_*.py).
 """
 
 from collections.abc import Sequence
@@ -16,19 +17,19 @@ from galore_fx.runtime.subspace.basis_source import WeightSize
 from galore_fx.runtime.subspace.refresh_queue import RefreshCost
 from galore_fx.runtime.subspace.sources import OF_RECIPE
 
-# Nominal: two CPU cores, and the float32 rate of an RTX 4090's data sheet.
+# Nominal operations per second: two CPU cores, and float32 in the data sheet of an RTX 4090.
 _RATES = {"cpu": 1e11, "cuda": 8.26e13}
 
 
 def refresh_costs(
     regions: Sequence[Region], parameters: Sequence[ParameterPlan], recipe: Recipe
 ) -> dict[int, RefreshCost]:
-    """The cost of each region's refresh, by its index.
+    """Returns the refresh cost of each region with projected weights, by region index.
 
     Args:
-        regions: of the model.
-        parameters: what is decided about its parameters.
-        recipe: the parts in force.
+        regions: regions of the model.
+        parameters: plan of each parameter.
+        recipe: the recipe in force.
     """
     weights = {w.name: w for region in regions for w in region.weights}
     kept: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Normalises a model's layers while something is decided about it, and for good where it is compiled."""
+"""Normalises a model's layers while decisions are made, and permanently when it is compiled."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,14 +16,20 @@ from galore_fx.recipes.presets import resolve_recipe
 
 @contextmanager
 def normalized(model: nn.Module, request: Request) -> Iterator[tuple[Request, Normalization | None]]:
-    """The model with normalised layers where the recipe asks for them; plain again afterwards, unless it is kept.
+    """Normalises the model's layers within the context if the recipe has ``weight_norm``.
+
+    On leaving the context the model is plain again, unless ``Normalization.keep`` has been called.
 
     Args:
-        model: changed in place.
-        request: what is asked for.
+        model: the model, changed in place.
+        request: arguments of the user.
 
     Yields:
-        The request about the model as it is now, whose rank is settled; and the normalisation, None for none.
+        The request with its rank settled, and the normalisation; the same request and None if nothing is normalised.
+
+    Raises:
+        SettingError: the recipe or an override is not valid.
+        ModelError: the model has no trainable linear layer.
     """
     recipe = resolve_recipe(request.recipe, request.overrides)
     is_plain = isinstance(model, nn.Module) and not is_compiled(model)

@@ -1,4 +1,4 @@
-"""What the user asks of ``compile``, ``plan``, the backend or ``explain``, as one value."""
+"""The arguments of a user's call of ``compile``, ``plan``, the backend or ``explain``, as one value."""
 
 import dataclasses
 from typing import Any
@@ -11,10 +11,10 @@ from galore_fx.recipes.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The arguments of ``galore_fx.compile``, whose docstring says what they mean.
+    """The arguments of ``galore_fx.compile``, described in its docstring, and the device.
 
     Attributes:
-        device: where it is to be trained, "cpu" or "cuda"; None for where the model is.
+        device: device to train on, "cpu" or "cuda"; None for the model's.
     """
 
     budget: str | int | None = None

@@ -1,4 +1,4 @@
-"""Whether what the user hands over is a model that can be compiled."""
+"""Checks that the user's model can be compiled."""
 
 from torch import nn
 
@@ -6,15 +6,15 @@ from galore_fx.errors import ModelError
 
 
 def is_compiled(model: object) -> bool:
-    """Whether a model trains through galore_fx. The copy of one does not."""
+    """Whether a model trains through galore_fx; a copy of such a model does not."""
     return bool(getattr(type(getattr(model, "galore_fx", None)), "trains_its_model", False))
 
 
 def check_model(model: object) -> None:
-    """Whether it is a module, and not one that torch.compile or galore_fx has compiled.
+    """Checks that the model is an ``nn.Module`` that neither torch.compile nor galore_fx has compiled.
 
     Raises:
-        ModelError: says what it is and what to give.
+        ModelError: it is not; the message says what to pass instead.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is not an nn.Module")

@@ -1,4 +1,4 @@
-"""What the user may pass as ``optimizer``: a class, a ``functools.partial`` of one, or an instance."""
+"""Resolves the user's ``optimizer`` argument: a class, a ``functools.partial`` of one, or an instance."""
 
 import functools
 import inspect
@@ -16,16 +16,17 @@ _ALLOWED = "a torch.optim class, a functools.partial of one, or an instance over
 
 
 def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.Optimizer:
-    """An instance of the user's class over the model's trained parameters; the user's own where one was given.
+    """Returns the user's instance, or a new one of the user's class over the model's trained parameters.
 
     Raises:
-        OptimizerError: not an optimizer, or not over exactly the model's trained parameters; names what differs.
+        OptimizerError: the choice is not an optimizer, has already stepped, is differentiable, misses a trained
+            parameter, or lists one that is not the model's.
     """
     named = {id(p): name for name, p in model.named_parameters()}
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(choice, torch.optim.Optimizer):
         instance = choice
-        if any(float(state.get("step", 1.0)) > 0.0 for state in instance.state.values()):  # Adagrad's begins filled
+        if any(float(state.get("step", 1.0)) > 0.0 for state in instance.state.values()):  # Adagrad's starts at 0
             raise OptimizerError(
                 f"the {type(instance).__name__} given has already stepped; its full-rank state cannot be taken over. "
                 "Compile before the first step, or pass the class"
@@ -39,7 +40,7 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
     if any(group.get("differentiable") for group in instance.param_groups):
         raise OptimizerError("differentiable=True keeps a graph through step(), which has none here; leave it out")
     given = {id(p) for group in instance.param_groups for p in group["params"]}
-    foreign = len(given - named.keys())  # frozen ones may be listed, as torch allows
+    foreign = len(given - named.keys())  # as in torch, frozen parameters may be listed
     if foreign:
         raise OptimizerError(
             f"{foreign} of the {len(given)} parameters of the {type(instance).__name__} given are not trained "
@@ -56,14 +57,17 @@ def resolve_optimizer(choice: OptimizerChoice, model: nn.Module) -> torch.optim.
 
 
 def for_a_copy(instance: torch.optim.Optimizer) -> OptimizerChoice:
-    """A class with the instance's defaults, to make another one over a copy's parameters."""
+    """Returns the instance's class with its defaults, to create an optimizer over the parameters of a model's copy."""
     accepted = inspect.signature(type(instance)).parameters
     settings = {key: value for key, value in instance.defaults.items() if key in accepted}
     return functools.partial(type(instance), **settings)
 
 
 def retire(instance: torch.optim.Optimizer) -> None:
-    """Makes the user's own instance refuse ``step()`` and its state: it would train and save nothing, in silence."""
+    """Makes ``step``, ``state_dict``, ``load_state_dict`` and ``add_param_group`` of an instance raise UsageError.
+
+    Otherwise the user's own instance would silently train and save nothing.
+    """
 
     def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The ``galore-fx`` command."""
+"""Defines the ``galore-fx`` command."""
 
 import argparse
 import importlib
@@ -12,7 +12,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs ``galore-fx plan``, ``explain`` or ``train``; each has a ``--help`` of its own."""
+    """Runs ``galore-fx plan``, ``explain`` or ``train``; each has its own ``--help``."""
     parser = argparse.ArgumentParser(
         prog="galore-fx", description="Trains all parameters of a transformers model in little memory."
     )

@@ -1,4 +1,4 @@
-"""One model trained in several ways, each simulated, side by side."""
+"""Compares simulated ways of training one model, side by side."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +12,20 @@ from galore_fx.passes.model_graph.find_regions import find_regions
 from galore_fx.units import format_bytes
 
 LORA_RANK = 16
-# All that loses no quality: 8-bit states as bitsandbytes keeps them, too.
+# All savings that cost no quality, including 8-bit states as in bitsandbytes.
 _SPARING = {"recipe": "full", "update": "in-backward", "activation_budget": 0.0, "state_bits": 8}
 
 
 def compare(make_model: Callable[[], nn.Module], sample: Any, chosen: galore_fx.Plan, device: str) -> str:
-    """A table: categories at the peak of each way of training, and whether it fits the chosen plan's budget.
+    """Returns a table of each way of training: bytes by category at the peak, and whether it fits the plan's budget.
+
+    A second table compares the optimizer memory (``optimizer_memory``).
 
     Args:
-        make_model: makes the model, on the meta device.
-        sample: a batch.
+        make_model: creates the model, on the meta device.
+        sample: a batch as the model takes it.
         chosen: the plan to compare with.
-        device: as of ``galore_fx.plan``.
+        device: as in ``galore_fx.plan``.
     """
 
     def planned(model: nn.Module, **settings: Any) -> galore_fx.Plan:
@@ -50,7 +52,7 @@ def compare(make_model: Callable[[], nn.Module], sample: Any, chosen: galore_fx.
 
 
 def optimizer_memory(make_model: Callable[[], nn.Module], chosen: galore_fx.Plan) -> str:
-    """A table: what the optimizer keeps, beside AdamW with states in float32 and as the weights are."""
+    """Returns a table of optimizer memory: the plan's, and AdamW's with states in float32 or the weights' dtype."""
     ways = {
         "AdamW, states in float32": galore_fx.plan(make_model(), recipe="full", state_bits=32),
         "AdamW, states as the weights": galore_fx.plan(make_model(), recipe="full"),
@@ -71,7 +73,7 @@ def _kept(plan: galore_fx.Plan, category: str) -> int:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer and two trained low-rank factors (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+    """A frozen linear layer plus two trained low-rank factors (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
 
     def __init__(self, base: nn.Module, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -80,13 +82,13 @@ class LoraLinear(nn.Module):
         self.up = nn.Linear(LORA_RANK, num_out, bias=False, dtype=base.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is (..., in)."""
+        """Maps ``x`` (..., in) to (..., out)."""
         out: Tensor = self.base(x) + self.up(self.down(x))
         return out
 
 
 def with_lora(model: nn.Module) -> nn.Module:
-    """The model with LoRA on every linear layer of its blocks, and all else frozen; changed in place."""
+    """Adds LoRA to every linear layer of the model's blocks and freezes all else; changes and returns the model."""
     regions = find_regions(model)
     weights = {id(w.weight): w for region in regions for w in region.weights}
     model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A model, a batch and a recipe as a command line describes them; nothing of them takes memory."""
+"""Creates the model, batch and recipe that a command line describes, without allocating memory for them."""
 
 import argparse
 import functools
@@ -19,7 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, its batch, and the parts of the recipe."""
+    """Adds the arguments for the model, its batch, and the parts of the recipe."""
     parser.add_argument("model", metavar="MODEL", help=f"{', '.join(PRESETS)}, a config file or a hub name")
     parser.add_argument("--batch", type=int, default=1, help="sequences in a batch (1)")
     parser.add_argument("--seq", type=int, default=1024, help="tokens in a sequence (1024)")
@@ -33,10 +33,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(arguments: argparse.Namespace) -> tuple[Callable[[], nn.Module], dict[str, torch.Tensor], dict[str, Any]]:
-    """What makes the model, a batch, and the recipe with its parts.
+    """Returns a function that creates the model on the meta device, a meta batch, and the recipe with its parts.
 
     Raises:
-        InputError: a value that is not allowed.
+        InputError: a value is not allowed, or the model is unknown.
+        SettingError: the recipe or one of its parts is not valid.
     """
     for name in ("batch", "seq"):
         if getattr(arguments, name) < 1:
@@ -48,7 +49,7 @@ def read(arguments: argparse.Namespace) -> tuple[Callable[[], nn.Module], dict[s
         settings["update"] = arguments.update
     if arguments.state_bits is not None:
         settings["state_bits"] = arguments.state_bits
-    resolve_recipe(arguments.recipe, settings)  # before the model is made
+    resolve_recipe(arguments.recipe, settings)  # checks the recipe before the model is created
     make, positions, classifies = _preset(arguments.model) if arguments.model in PRESETS else _config(arguments.model)
     if arguments.seq > (positions or arguments.seq):
         raise InputError(f"--seq {arguments.seq}: the model has {positions} positions")
@@ -65,7 +66,7 @@ def _preset(name: str) -> tuple[Callable[[], nn.Module], int, bool]:
 
 
 def _config(name: str) -> tuple[Callable[[], nn.Module], int | None, bool]:
-    import transformers  # takes a second, and the presets do without
+    import transformers  # a slow import, which the presets do not need
 
     looks_like_a_file = name.endswith(".json") or Path(name).exists()
     if looks_like_a_file and not Path(name).exists():

@@ -1,11 +1,11 @@
-"""Prints what the passes do to a model, and which of its weights are projected and why.
+"""Prints the changes that the passes make to a model, and why each of its weights is projected or not.
 
     galore-fx explain llama-60m
     galore-fx explain path/to/config.json --recipe galore+ --batch 4 --seq 256
     galore-fx explain HUB/NAME --graph model.graphml
-    galore-fx explain HUB/NAME --graph model.graphml
 
-MODEL is a preset, a transformers config file, or a hub name; no weights are loaded. Exit status 2: the input is wrong.
+MODEL is a preset, a transformers config file, or a hub name; no weights are loaded. The exit status is 2 if the input
+is wrong.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from galore_fx.cli.user_input import run_command, write_whole
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Explains and prints."""
+    """Explains the model and prints the explanation."""
     parser = argparse.ArgumentParser(
         prog="galore-fx explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,5 +34,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run() -> None:
-    """The command."""
+    """Runs the command."""
     run_command("galore-fx explain", main)

@@ -1,4 +1,4 @@
-"""Prints what a training step will take, before the model exists.
+"""Prints the predicted memory of a training step, before the model exists.
 
     galore-fx plan llama-60m --budget 2GB --batch 1 --seq 256
     galore-fx plan path/to/config.json --batch 4 --seq 1024 --dtype bfloat16 --device cuda
@@ -7,8 +7,8 @@
     galore-fx plan llama-7b --budget 24GB --seq 512 --recipe gradnormlorp --rank 128 --state-bits 8 --compare
 
 MODEL is a preset, a transformers config file, or a hub name. The step is simulated on tensors without memory: no
-weights are loaded and no GPU is needed; for --device cpu, library kernels are tried on zeros to learn their scratch.
-Exit status: 0 it fits (or no budget was given), 2 it does not, or the input is wrong.
+weights are loaded and no GPU is needed. For --device cpu, library kernels run on zeros to measure their scratch memory.
+The exit status is 0 if the step fits (or no budget is given), and 2 if it does not or the input is wrong.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from galore_fx.units import format_bytes, parse_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Plans and prints; the exit status."""
+    """Plans the step, prints the plan and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="galore-fx plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         if arguments.budget is not None:
-            parse_bytes(arguments.budget)  # before the model is made
+            parse_bytes(arguments.budget)  # checks the budget before the model is created
         make_model, sample, settings = read(arguments)
         plan = galore_fx.plan(make_model(), arguments.budget, sample=sample, device=arguments.device, **settings)
         print(plan.table())
@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The command: a short process, which leaves without taking torch's compiler down."""
-    gc.disable()  # what is not freed by its last reference need not be looked for
+    """Runs the command and ends the process at once, without the shutdown of torch's compiler."""
+    gc.disable()  # the process is too short for cyclic garbage to matter
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A plan's step as a picture: bytes by category through the step, against the budget."""
+"""Draws a plan's step: bytes by category through the step, against the budget."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ import galore_fx
 
 
 def draw(plan: galore_fx.Plan, path: Path) -> None:
-    """Writes the picture in the format of the file's ending (svg, png, pdf).
+    """Draws the step of a plan with a prediction, in the format of the file's suffix (svg, png, pdf).
 
     Raises:
-        ValueError: a format that matplotlib does not know.
+        ValueError: matplotlib does not know the format.
         OSError: the file cannot be written.
     """
-    import matplotlib  # only who wants a picture needs it
+    import matplotlib  # optional: only pictures need it
 
     matplotlib.use("agg")
     from matplotlib import pyplot

@@ -1,7 +1,7 @@
-"""Models of known sizes for tools/plan.py, in plain torch: what a step of them takes, without transformers' code.
+"""Defines models of known sizes in plain torch, so that ``galore-fx plan`` and ``explain`` need no transformers code.
 
-They compute as transformers' models of these names do, in the same dtypes, and hold the same parameters; a test holds
-their predicted peaks to those of transformers' models. They are for planning; there is nothing to load into them.
+They compute like transformers' models of these names, in the same dtypes, and have the same parameters. A test compares
+their predicted peaks with those of transformers' models. They are for planning only; no weights can be loaded.
 
 Sources: config.json of each model's repository; for llama-60m to llama-1b, Zhao et al. 2024, arXiv:2403.03507, table 5.
 """
@@ -72,13 +72,13 @@ PRESETS: dict[str, Size] = {
 }
 
 
-# Base of the rotary positions and epsilon of the norms, which only the trained model has.
+# Base of the rotary positions and epsilon of the norms. Only training needs them; ``build`` always uses 1e4 and 1e-6.
 _OF_TRAINED = {"llama-3": (5e5, 1e-5), "mistral": (1e6, 1e-5), "qwen2.5": (1e6, 1e-6)}
 
 
 def transformers_config(name: str) -> Any:
-    """The configuration of transformers' model of that preset, to make it with random weights."""
-    import transformers  # takes a second, and plans do without
+    """Returns the transformers configuration of a preset, to create its model with random weights."""
+    import transformers  # a slow import, which plans do not need
 
     size = PRESETS[name]
     if isinstance(size, GPT2Size):
@@ -96,7 +96,7 @@ def transformers_config(name: str) -> Any:
             num_hidden_layers=size.layers,
             num_attention_heads=size.heads,
             vocab_size=size.vocabulary,
-            max_position_embeddings=size.positions + 2,  # two of them are no positions
+            max_position_embeddings=size.positions + 2,  # RoBERTa reserves two of them
             num_labels=size.num_labels,
         )
     theta, epsilon = next((v for key, v in _OF_TRAINED.items() if name.startswith(key)), (1e4, 1e-6))
@@ -121,7 +121,7 @@ def transformers_config(name: str) -> Any:
 
 
 def build(size: Size) -> nn.Module:
-    """A model of that size, on the default device and in the default dtype."""
+    """Returns a model of the given size, on the default device and in the default dtype."""
     if isinstance(size, DecoderSize):
         return CausalModel(Decoder(size), size.hidden, size.vocabulary)
     if isinstance(size, GPT2Size):
@@ -133,14 +133,14 @@ def build(size: Size) -> nn.Module:
 
 
 class Output(NamedTuple):
-    """What the models return."""
+    """Output of a model: 0-d loss, None without labels; logits (batch, sequence, vocabulary) or (batch, labels)."""
 
     loss: Tensor | None
     logits: Tensor
 
 
 class CausalModel(nn.Module):
-    """A decoder with its head and the loss of the next token."""
+    """A decoder with its head and the next-token loss."""
 
     def __init__(self, base: nn.Module, hidden: int, vocabulary: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class CausalModel(nn.Module):
         self.lm_head = nn.Linear(hidden, vocabulary, bias=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
-        """``input_ids`` and ``labels`` are (batch, sequence)."""
+        """Returns loss and logits; ``input_ids`` and ``labels`` are (batch, sequence)."""
         logits = self.lm_head(self.base_model(input_ids))
         loss = None
         if labels is not None:
@@ -166,14 +166,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is (..., hidden)."""
+        """Normalises ``x`` (..., hidden) over its last dimension."""
         wide = x.to(torch.float32)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
         return self.weight * wide.to(x.dtype)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm."""
+    """Llama-like decoder: embedding, blocks, final norm."""
 
     frequencies: Tensor
 
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
         self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``input_ids`` is (batch, sequence)."""
+        """Maps ``input_ids`` (batch, sequence) to (batch, sequence, hidden)."""
         x = self.tokens(input_ids)
         positions = torch.arange(input_ids.shape[1], device=x.device)[None, :, None].float()
         angles = positions * self.frequencies.float()
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention and gated feed-forward, each behind a norm."""
+    """Attention and gated feed-forward, each preceded by a norm."""
 
     def __init__(self, size: DecoderSize) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class DecoderBlock(nn.Module):
         self.down_proj = nn.Linear(size.feed_forward, size.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """``x`` is (batch, sequence, hidden); ``cos`` and ``sin`` are (1, sequence, head width)."""
+        """Maps ``x`` (batch, sequence, hidden) to the same shape; ``cos`` and ``sin`` are (1, sequence, head width)."""
         normed = self.attention_norm(x)
         q, k, v = (self._heads(layer(normed)) for layer in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -237,7 +237,7 @@ def _rotated(x: Tensor) -> Tensor:
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight is (in, out), as GPT-2's."""
+    """A linear layer whose weight is (in, out), as in GPT-2."""
 
     def __init__(self, num_out: int, num_in: int) -> None:
         super().__init__()
@@ -246,12 +246,12 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is (..., in)."""
+        """Maps ``x`` (..., in) to (..., out)."""
         return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
 
 
 class GPT2(nn.Module):
-    """Embeddings, blocks, final norm."""
+    """GPT-2 decoder: embeddings, blocks, final norm."""
 
     def __init__(self, size: GPT2Size) -> None:
         super().__init__()
@@ -262,7 +262,7 @@ class GPT2(nn.Module):
         self.norm = nn.LayerNorm(size.hidden)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``input_ids`` is (batch, sequence)."""
+        """Maps ``input_ids`` (batch, sequence) to (batch, sequence, hidden)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         x = self.dropout(self.tokens(input_ids) + self.positions(positions))
         for layer in self.layers:
@@ -271,7 +271,7 @@ class GPT2(nn.Module):
 
 
 class GPT2Block(nn.Module):
-    """Attention and feed-forward, each behind a norm."""
+    """Attention and feed-forward, each preceded by a norm."""
 
     def __init__(self, size: GPT2Size) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ class GPT2Block(nn.Module):
         self.dropout = nn.Dropout(size.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is (batch, sequence, hidden)."""
+        """Maps ``x`` (batch, sequence, hidden) to the same shape."""
         parts = self.qkv(self.attention_norm(x)).split(x.shape[-1], dim=2)
         q, k, v = (part.view(*x.shape[:2], self.heads, -1).transpose(1, 2) for part in parts)
         rate = self.rate if self.training else 0.0
@@ -297,7 +297,7 @@ class GPT2Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings and blocks."""
+    """RoBERTa encoder: embeddings and blocks."""
 
     def __init__(self, size: EncoderSize) -> None:
         super().__init__()
@@ -309,7 +309,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList([EncoderBlock(size) for _ in range(size.layers)])
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """``input_ids`` is (batch, sequence)."""
+        """Maps ``input_ids`` (batch, sequence) to (batch, sequence, hidden)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None] + 2
         kinds = torch.zeros_like(input_ids)
         x = self.dropout(self.norm(self.tokens(input_ids) + self.token_types(kinds) + self.positions(positions)))
@@ -319,7 +319,7 @@ class Encoder(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Attention and feed-forward, each before a norm."""
+    """Attention and feed-forward, each followed by a norm."""
 
     def __init__(self, size: EncoderSize) -> None:
         super().__init__()
@@ -332,7 +332,7 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(size.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` is (batch, sequence, hidden)."""
+        """Maps ``x`` (batch, sequence, hidden) to the same shape."""
         layers = (self.query, self.key, self.value)
         q, k, v = (layer(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for layer in layers)
         rate = self.rate if self.training else 0.0
@@ -352,7 +352,7 @@ class Classifier(nn.Module):
         self.out_proj = nn.Linear(size.hidden, size.num_labels)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
-        """``input_ids`` is (batch, sequence), ``labels`` (batch,)."""
+        """Returns loss and logits; ``input_ids`` is (batch, sequence), ``labels`` (batch,)."""
         first = self.dropout(self.base_model(input_ids)[:, 0, :])
         logits = self.out_proj(self.dropout(torch.tanh(self.dense(first))))
         loss = None if labels is None else functional.cross_entropy(logits, labels)

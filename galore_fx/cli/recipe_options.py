@@ -1,4 +1,4 @@
-"""Parts of a recipe on a command line: ``--part basis_bits=4``."""
+"""Adds options for the parts of a recipe to a command line: ``--part basis_bits=4``."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from galore_fx.recipes.table import parts_table
 
 
 class _ListParts(argparse.Action):
-    """Prints all parts and ends the command."""
+    """Prints the table of all parts and ends the command."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_arguments: Any) -> None:
         print(parts_table("simple"))
@@ -16,7 +16,7 @@ class _ListParts(argparse.Action):
 
 
 def add_part_option(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--part`` as the list ``arguments.part`` of names and values, and ``--list-parts``."""
+    """Adds ``--part``, which fills the list ``arguments.part`` of (name, value) pairs, and ``--list-parts``."""
     text = "any part of the recipe, such as basis_bits=4; may be given again"
     parser.add_argument("--part", action="append", default=[], metavar="NAME=VALUE", type=_part, help=text)
     parser.add_argument("--list-parts", action=_ListParts, nargs=0, help="show all parts of a recipe, and end")

@@ -1,7 +1,7 @@
-"""Real text for the main job: files -> byte-level BPE -> fixed-length sequences, with a held-out split by file.
+"""Prepares text for training: files -> byte-level BPE -> fixed-length sequences, with a held-out split by file.
 
-The default corpus is on every machine: the sources of Python's standard library. Which sequences a step sees follows
-from the seed and the step's number alone, so that a resumed run sees what it would have seen.
+The default corpus exists on every machine: the sources of Python's standard library. The sequences of a step depend
+only on the seed and the index of the step, so a resumed run trains on the same sequences.
 """
 
 import dataclasses
@@ -17,19 +17,25 @@ from torch import Tensor
 from galore_fx.cli.user_input import InputError
 
 HELD_OUT_EVERY = 20
-# Bytes of Python source per token of a 4096-entry vocabulary are about 3.3; more is read than can be needed.
+# An upper bound: with a vocabulary of 4096 entries a token of Python source is about 3.3 bytes.
 _BYTES_PER_TOKEN = 5
 _TOKENIZER_BYTES = 3_000_000
 _HELD_OUT_BYTES = 200_000
 
 
 class TextError(InputError):
-    """Text that cannot be trained on."""
+    """The text cannot be used for training."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Training and held-out text, as lists of documents."""
+    """Training and held-out text.
+
+    Attributes:
+        train: documents to train on.
+        held_out: documents for evaluation.
+        source: description of their origin, for messages.
+    """
 
     train: list[str]
     held_out: list[str]
@@ -38,13 +44,13 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """Token sequences: ``train`` (num_train, seq) and ``held_out`` (num_held_out, seq), int64."""
+    """Token sequences, int64: ``train`` (num_train, seq) and ``held_out`` (num_held_out, seq)."""
 
     train: Tensor
     held_out: Tensor
 
     def batch(self, step: int, size: int, seed: int) -> Tensor:
-        """The batch (size, seq) of a step: the epoch's permutation, cut in order."""
+        """Returns the batch (size, seq) of a step: consecutive sequences of the epoch's permutation."""
         num = self.train.shape[0]
         picked = []
         for position in range(step * size, (step + 1) * size):
@@ -57,7 +63,7 @@ class Sequences:
         return torch.randperm(self.train.shape[0], generator=generator)
 
     def unigram_entropy(self) -> float:
-        """Entropy of the held-out tokens' own frequencies, nats: the loss of knowing nothing but frequencies."""
+        """Returns the entropy of the held-out token frequencies, in nats: the loss of a model of frequencies alone."""
         counts = torch.bincount(self.held_out.flatten()).double()
         p = counts[counts > 0] / counts.sum()
         return float(-(p * p.log()).sum())
@@ -67,11 +73,11 @@ def read_corpus(path: str | None, num_tokens: int) -> Corpus:
     """Reads enough text for ``num_tokens`` training tokens.
 
     Args:
-        path: a text file, a folder (its text files), or None for the standard library's sources.
-        num_tokens: training tokens wanted; less text is used again in further epochs.
+        path: a text file, a folder with text files, or None for the sources of Python's standard library.
+        num_tokens: number of training tokens; shorter text is used again in further epochs.
 
     Raises:
-        TextError: nothing readable there; names the path.
+        TextError: the path does not exist, or has too little readable text; the message names it.
     """
     documents, source = _documents(path)
     wanted = max(num_tokens * _BYTES_PER_TOKEN, _TOKENIZER_BYTES)
@@ -96,7 +102,12 @@ def read_corpus(path: str | None, num_tokens: int) -> Corpus:
 
 
 def make_tokenizer(corpus: Corpus, vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer trained on (the first megabytes of) the training text."""
+    """Returns a byte-level BPE tokenizer trained on the first megabytes of the training text.
+
+    Args:
+        corpus: the text.
+        vocabulary: number of entries.
+    """
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -111,15 +122,15 @@ def make_tokenizer(corpus: Corpus, vocabulary: int) -> Any:
 
 
 def make_sequences(corpus: Corpus, encode: Any, seq: int) -> Sequences:
-    """Cuts the corpus into sequences of ``seq`` tokens, documents joined end to end.
+    """Joins the documents of each split end to end and cuts them into sequences of ``seq`` tokens.
 
     Args:
         corpus: the text.
-        encode: list of texts -> list of lists of token ids.
+        encode: maps a list of texts to a list of lists of token ids.
         seq: tokens per sequence.
 
     Raises:
-        TextError: not one whole sequence in either part.
+        TextError: the training or the held-out text is shorter than one sequence.
     """
     parts = []
     for name, texts in (("training", corpus.train), ("held-out", corpus.held_out)):
@@ -145,7 +156,7 @@ def _documents(path: str | None) -> tuple[Iterator[str], str]:
 
 
 def _shuffled(files: list[Path]) -> Iterator[str]:
-    """Texts of the files in an order that does not follow their names; what is not UTF-8 text is left out."""
+    """Yields the texts of the files in a fixed random order; skips files that are empty or not UTF-8 text."""
     files = sorted(files)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
     texts = (_read(files[i]) for i in order)
@@ -160,6 +171,6 @@ def _read(file: Path) -> str | None:
 
 
 def _pieces(text: str) -> list[str]:
-    """One file as pieces of some 16 KiB, so that part of it can be held out."""
+    """Splits the text of one file into pieces of at most 16384 characters, so that some can be held out."""
     size = min(16_384, math.ceil(len(text) / (2 * HELD_OUT_EVERY)) or 1)
     return [text[i : i + size] for i in range(0, len(text), size)]

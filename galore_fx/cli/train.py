@@ -1,12 +1,12 @@
-"""The main job: trains a model through galore_fx on real text.
+"""Trains a model on text with galore_fx.
 
     galore-fx train                                     a Llama of 10 M parameters, Python's own sources
-    galore-fx train --resume                            goes on where it was stopped
+    galore-fx train --resume                            continues a stopped run
     galore-fx train --model config.json --text notes/   another model, your text
     galore-fx train --model HUB/NAME --budget 16GB      fine-tunes a hub model
 
-Writes ``checkpoint.pt`` (model, optimizer, position; replaced as a whole), ``log.jsonl`` and, at the end, ``model/``,
-a plain transformers folder, into ``--out``.
+Into ``--out`` it writes ``checkpoint.pt`` (model, optimizer, position; replaced as a whole), ``log.jsonl`` and, at the
+end, ``model/``, a plain transformers folder.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from galore_fx.recipes.presets import resolve_recipe
 from galore_fx.runtime.measure.meter import MemoryCount, count_memory, tensor_bytes
 from galore_fx.units import format_bytes
 
-# What decides, with the parts of the recipe, which numbers a run computes; a resumed run must agree in all of them.
+# With the parts of the recipe, these settings determine the results of a run; a resumed run must have the same ones.
 RUN_SETTINGS = (
     "model",
     "text",
@@ -51,14 +51,14 @@ RUN_SETTINGS = (
     "vocabulary",
     "seed",
 )
-# Parts of a recipe with an option of their own.
+# Parts of a recipe that have their own option.
 _PART_OPTIONS = ("rank", "refresh_gap", "update", "state_bits", "max_grad_norm")
-# Counted on this step, when everything is compiled and allocated.
+# The memory of this step of a run is counted; everything is compiled and allocated by then.
 COUNTED_STEP = 4
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line; raises InputError if a value is not allowed or a recipe part is given twice."""
     parser = argparse.ArgumentParser(
         prog="galore-fx train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -105,7 +105,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains; returns the figures of the final report."""
+    """Trains, and returns the figures of the final report; of a run stopped by ``--stop-after`` only the step.
+
+    Raises:
+        InputError: an option is wrong, or does not agree with the files in ``--out``.
+        GaloreFxError: as in ``galore_fx.compile``.
+    """
     arguments = parse_arguments(argv)
     out = Path(arguments.out)
     checkpoint_path = out / "checkpoint.pt"
@@ -120,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder")
-    _recipe_in_force(arguments)  # refuses before anything takes time
+    _recipe_in_force(arguments)  # refuses a wrong recipe before the slow part
     torch.manual_seed(arguments.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, sequences, tokenizer = model_and_text(arguments)
@@ -143,7 +148,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 class _Run:
-    """The training loop and what it writes."""
+    """The training loop, which also writes log, checkpoints and the final model."""
 
     def __init__(
         self,
@@ -161,7 +166,7 @@ class _Run:
         self.loss = math.nan
 
     def train(self, start: int, stop: int) -> None:
-        """Steps from ``start`` to ``stop``, with a checkpoint every ``--save-every`` steps and at the end."""
+        """Runs steps ``start`` to ``stop - 1``, with a checkpoint every ``--save-every`` steps and at the end."""
         arguments = self.arguments
         tokens = arguments.batch * arguments.seq * arguments.accumulate
         bar = tqdm(range(start, stop), initial=start, total=arguments.steps, unit="step", file=sys.stdout)
@@ -183,7 +188,7 @@ class _Run:
                     self._save(step + 1)
 
     def _refreshes(self) -> str:
-        """For the progress bar, where refreshes are lazy: how many there were, and how long the gaps are by now."""
+        """Returns the number of refreshes and the current gaps for the progress bar; empty unless they are lazy."""
         stats = self.model.galore_fx.stats()
         gaps = stats.get("refresh_gap")
         if gaps is None:
@@ -204,7 +209,7 @@ class _Run:
         self.loss = total
 
     def _save(self, step: int) -> None:
-        """Writes beside the checkpoint and swaps: an interruption loses nothing."""
+        """Writes a new file and replaces the checkpoint by it, so an interruption loses nothing."""
         target = self.out / "checkpoint.pt"
         state = {
             "step": step,
@@ -220,7 +225,7 @@ class _Run:
         os.replace(target.with_suffix(".new"), target)
 
     def report(self, tokenizer: Any) -> dict[str, Any]:
-        """Held-out loss, counted peak and counters; exports the model."""
+        """Prints and returns held-out loss, counted peak and counters; exports the model to ``--out``."""
         held_out = evaluate(self.model, self.sequences.held_out, self.arguments.batch, self.device)
         stats = self.model.galore_fx.stats()
         figures = {
@@ -253,7 +258,7 @@ class _Run:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Tensor, batch: int, device: torch.device) -> float:
-    """Mean loss over the held-out sequences, nats per token; the model is left in training mode."""
+    """Returns the mean loss over held-out sequences (num, seq), nats per token; leaves the model in training mode."""
     model.eval()
     losses = []
     for ids in tqdm(held_out.split(4 * batch), desc="held-out", unit="batch", file=sys.stdout, leave=False):
@@ -359,7 +364,7 @@ def _resume(model: Any, scheduler: Any, path: Path, arguments: argparse.Namespac
 
 
 def schedule(step: int, *, steps: int) -> float:
-    """Linear warm-up over a tenth, then cosine to a tenth of the peak (GaLore's, arXiv:2403.03507, appendix C)."""
+    """Linear warm-up over a tenth, then cosine to a tenth of the peak (GaLore, arXiv:2403.03507, appendix C)."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -378,7 +383,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _memory_now(device: torch.device) -> int:
-    """Bytes allocated on the GPU; on a CPU, the process's highest resident size."""
+    """Returns the bytes allocated on the GPU, or on a CPU the peak resident size of the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -389,5 +394,5 @@ def _rank(text: str) -> int | float:
 
 
 def run() -> None:
-    """The command."""
+    """Runs the command."""
     run_command("galore-fx train", main)

@@ -1,4 +1,4 @@
-"""What a user gives on a command line, and how a command says that it cannot be used."""
+"""Reports wrong command-line input, and writes output files as a whole."""
 
 import sys
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from galore_fx.errors import GaloreFxError
 
 
 class InputError(ValueError):
-    """What the user gave is wrong; the message says what and what is allowed."""
+    """The user's input is wrong; the message gives the input and the allowed values."""
 
 
 def run_command(name: str, main: Callable[[], object]) -> None:
-    """Runs a command; what the user can mend is one line on stderr and exit status 2."""
+    """Runs a command. Prints an error that the user can correct as one line on stderr and exits with status 2."""
     try:
         main()
     except (InputError, GaloreFxError) as error:
@@ -21,10 +21,14 @@ def run_command(name: str, main: Callable[[], object]) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file through a neighbour, so that nothing half-written is left.
+    """Writes a temporary file beside ``path`` and renames it, so no partial file remains.
+
+    Args:
+        path: the file to write or replace.
+        write: writes the content to the path that it is called with.
 
     Raises:
-        InputError: the file cannot be written; an older one is unchanged.
+        InputError: the file cannot be written; an existing file is unchanged.
     """
     neighbour = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:

@@ -1,1 +1,1 @@
-"""What a budget leaves open is chosen, the batch is held to the plan, and the plan is compared with the step."""
+"""Chooses the settings that meet a budget, keeps batches within the plan, and compares the plan with a real step."""

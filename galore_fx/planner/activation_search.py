@@ -1,4 +1,4 @@
-"""The activation policy of one setting of everything else, from steps of it that are simulated."""
+"""Searches the activation policy of one candidate, all other settings being fixed, from simulated steps."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,15 +15,23 @@ from galore_fx.simulation.simulator import Decide, Training
 from galore_fx.units import parse_bytes
 
 ACTIVATION_BUDGETS = (1.0, 0.5, 0.2, 0.0)
-# On CUDA, until a GPU has verified the simulation: context, libraries and their workspaces; a share for fragmentation.
+# Reserve on CUDA, whose simulation no GPU has verified: context, libraries, workspaces; a fraction for fragmentation.
 CUDA_CONTEXT_BYTES = 600 * 2**20
 CUDA_MARGIN = 0.1
-# Keeping the least is not always the lowest peak, but near it: a plan that then exceeds the budget so much is given up.
+# Keeping least gives nearly the lowest peak. If it exceeds the budget by this factor, the candidate is given up.
 HOPELESS = 1.1
 
 
 class PolicySearch:
-    """The activation policy of one candidate."""
+    """Searches the activation policy of one candidate.
+
+    Args:
+        training: simulated training of the candidate.
+        plan: plan of the candidate; a prediction in it is replaced.
+        device: "cpu" or "cuda".
+        reserve: as in ``galore_fx.compile``.
+        words: what the candidate gives up, in words.
+    """
 
     def __init__(
         self, training: Training, plan: Plan, device: str, reserve: str | int | None, words: tuple[str, ...]
@@ -32,14 +40,17 @@ class PolicySearch:
         self._reserve = reserve
 
     def as_given(self) -> Plan:
-        """The plan with the policy that it has."""
+        """Returns the plan with its own policy and the prediction for it."""
         policy = self._plan.activation_policy
         shares = sorted(set(policy), reverse=True)
         return self._predicted(self._training.model(shares), tuple(map(shares.index, policy)))
 
     def best(self) -> Plan:
-        """The fastest policy that fits, else the one of the lowest peak."""
-        if self._keeps_too_much:  # only how far is left to say
+        """Returns the plan of the fastest policy that fits, else of the lowest peak.
+
+        Far above the budget it is the plan that keeps the least activations, whose peak is near the lowest.
+        """
+        if self._keeps_too_much:  # predicts only the excess
             return self._predicted(self._training.model(ACTIVATION_BUDGETS[-1:]), (0,) * len(self._plan.regions))
         kept = self.as_given()
         if kept.within_budget:
@@ -55,17 +66,18 @@ class PolicySearch:
         return self._predicted(model, least_peak(problem) if choice is None else choice)
 
     def best_of_limited(self, shares: Sequence[float]) -> Plan | None:
-        """With fewer refreshes at once, as many as fit, the fastest policy that fits, else that of the lowest peak.
+        """Limits the refreshes of one update to the largest number that fits, with the fastest policy that fits.
 
         Args:
-            shares: of its activations that a block may keep.
+            shares: shares of its activations (0 to 1) that a block may keep, in falling order.
 
         Returns:
-            None where there are no fewer: each basis must have its turn within the gap.
+            The plan. If nothing fits, it has the lowest limit and the policy of the lowest peak, or keeps least where
+            the budget is exceeded before any activation. None if no lower limit lets each basis refresh within the gap.
         """
         assert self._plan.budget_bytes is not None
         limits = _refresh_limits(len(self._plan.regions), self._plan.recipe.refresh_gap)
-        if self._keeps_too_much and limits:  # only how far is left to say
+        if self._keeps_too_much and limits:  # predicts only the excess
             model = self._training.model(shares[-1:], limits[-1])
             return self._predicted(model, (0,) * len(self._plan.regions), limits[-1])
         for limit in limits:
@@ -78,7 +90,7 @@ class PolicySearch:
 
     @property
     def _keeps_too_much(self) -> bool:
-        """Whether what lives through the whole step exceeds the budget already."""
+        """Whether the bytes kept through the whole step already exceed the budget."""
         return sum(self._plan.kept.values()) > (self._plan.budget_bytes or 0)
 
     def _predicted(self, model: StepModel, choice: Choice, refresh_limit: int | None = None) -> Plan:
@@ -105,7 +117,7 @@ class PolicySearch:
 
 
 def _refresh_limits(num_blocks: int, gap: int) -> list[int]:
-    """Halves of the number of blocks, down to as few as still renew each basis once in a gap."""
+    """Returns successive halves of the number of blocks, down to the least that refreshes each basis once per gap."""
     least = -(-num_blocks // gap)
     halves = [num_blocks // 2**power for power in range(1, num_blocks.bit_length())]
     return [limit for limit in halves if limit > least] + ([least] if least < num_blocks else [])
@@ -118,14 +130,14 @@ def _reserve_bytes(peak_bytes: int, device: str, reserve: str | int | None) -> i
 
 
 def largest_peak(budget_bytes: int, device: str, reserve: str | int | None) -> int:
-    """The highest peak that leaves room for its reserve."""
+    """Returns the highest peak, in bytes, that leaves room for the reserve within the budget."""
     if reserve is not None or device == "cpu":
         return budget_bytes - _reserve_bytes(0, device, reserve)
     return int((budget_bytes - CUDA_CONTEXT_BYTES) / (1 + CUDA_MARGIN))
 
 
 def deciding(request: Request) -> Decide:
-    """What decides the same about a copy of the model."""
+    """Returns a function that makes the same decisions for a copy of the model, without a budget."""
     assert isinstance(request.optimizer, Optimizer)
     for_copies = dataclasses.replace(request, budget=None, optimizer=for_a_copy(request.optimizer))
     return lambda fake, variants: decide(fake, for_copies, variants)

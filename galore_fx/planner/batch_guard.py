@@ -1,4 +1,4 @@
-"""Keeps a training call within the batch that its budget was planned for."""
+"""Refuses training calls whose batch exceeds the one that the budget was planned for."""
 
 import inspect
 import math
@@ -15,19 +15,20 @@ from galore_fx.simulation.sample import call_arguments
 from galore_fx.units import format_bytes
 
 Shapes = dict[str, tuple[int, ...]]
-# The plan of a step with these arguments, all else being as it was planned.
+# Returns the plan of a step with these arguments, all other settings being as planned.
 Replan = Callable[[tuple[Any, ...], dict[str, Any]], Plan]
 
 
 class PlannedBatch:
-    """Called with a training call's arguments, it refuses what would exceed the plan's budget.
+    """Refuses training calls that would exceed the plan's budget.
 
-    A tensor of one element enlarges no step: transformers' Trainer hands the number of labels to the model. With any
-    other argument that the sample has not, a step is simulated, in which all have the largest sizes that are planned.
+    A tensor of at most one element passes, since it enlarges no step; transformers' Trainer passes the number of labels
+    so. For any other argument that the sample lacks a step is simulated, with all arguments at their largest planned
+    sizes. If that step fits, later calls may have the argument too.
 
     Args:
         model: the model.
-        shapes: of the sample that the plan was made with, by argument.
+        shapes: shapes of the planned sample's tensors, by argument.
         replan: simulates a step with other arguments.
     """
 
@@ -38,11 +39,11 @@ class PlannedBatch:
         self._replan = replan
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Passes batches that are nowhere larger than the sample, and arguments with which a step fits the budget.
+        """Checks the arguments of a training call.
 
         Raises:
-            UsageError: a tensor is larger than the sample's in some dimension, or with one that the sample has not a
-                step would exceed the budget.
+            UsageError: a tensor is larger than the sample's in some dimension, or a step with an argument that the
+                sample lacks would exceed the budget.
             ModelError: a step with such an argument cannot be simulated.
         """
         shapes = {n: shape for n, shape in _shapes(self._forward, args, kwargs).items() if math.prod(shape) > 1}
@@ -74,7 +75,7 @@ def _within(shape: tuple[int, ...], planned: tuple[int, ...] | None) -> bool:
 
 
 def _growth(shapes: Shapes, planned: Shapes) -> dict[int, int]:
-    """For each size in this batch the one that it has at most, by the arguments that the sample had."""
+    """Maps each size in this batch to the largest planned one, according to the arguments that the sample had."""
     found: dict[int, int] = {}
     for name, shape in shapes.items():
         for size, limit in zip(shape, planned[name], strict=True):
@@ -85,7 +86,7 @@ def _growth(shapes: Shapes, planned: Shapes) -> dict[int, int]:
 def _of_shapes(
     forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with tensors of other shapes, by argument, on the meta device; what was one tensor stays one."""
+    """Returns the call with meta tensors of the given shapes, by argument; a tensor passed twice stays one tensor."""
     bound = inspect.signature(forward).bind(None, *args, **kwargs)
     made: dict[tuple[int, tuple[int, ...]], Tensor] = {}
 
@@ -109,17 +110,17 @@ def _of_shapes(
 
 
 def sample_shapes(model: nn.Module, sample: object) -> Shapes:
-    """Shapes of a sample's tensors, by argument of the model's forward."""
+    """Returns the shapes of a sample's tensors, by argument of the model's forward."""
     return _shapes(type(model).forward, *call_arguments(sample, lambda value: value))
 
 
 def _shapes(forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shapes:
-    """By the names that the forward gives its arguments, however they are passed."""
+    """Returns tensor shapes by the forward's argument names, however passed; none if the call does not match."""
     signature = inspect.signature(forward)
     try:
         bound = dict(signature.bind(None, *args, **kwargs).arguments)
     except TypeError:
-        return {}  # the model will say what is wrong with the call
+        return {}  # the model itself raises the error of this call
     named: dict[str, Any] = {}
     for name, value in list(bound.items())[1:]:
         kind = signature.parameters[name].kind

@@ -1,9 +1,9 @@
-"""Chooses what the recipe leaves open, so that the predicted peak of a step fits a budget.
+"""Chooses the settings that the user leaves open so that the predicted peak of a step fits a budget.
 
-Settings stand in levels of falling quality: full rank, then lower and lower rank. Within a level results are equal: the
-update may wait for ``step()`` or happen in the backward, and the activation policy is chosen by an exact solver, the
-fastest for which every moment of the step fits. The fastest plan of the first level with one that fits is taken. Where
-a level has none, its refreshes are spread over more updates, before the rank is lowered.
+Candidates form levels of falling quality: full rank, then lower and lower rank. Within a level the results are equal:
+the update is deferred to ``step()`` or happens in the backward, and an exact solver chooses the fastest activation
+policy whose peak fits. The first level with a plan that fits gives its fastest one. If no plan of a level fits, its
+refreshes are spread over more updates before the rank is lowered.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ RANKS = (0.25, 0.125, 0.0625)
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings that are tried.
+    """One setting to be tried.
 
     Attributes:
-        request: what the user asked, with some of what is left open filled in.
-        words: what that means, for the plan; empty where nothing is given up.
+        request: the user's request with some open parts filled in.
+        words: what the candidate gives up, in words for the plan; empty if nothing.
     """
 
     request: Request
@@ -40,15 +40,18 @@ class Candidate:
 
     @property
     def title(self) -> str:
-        """The words as one; for a candidate that gives up nothing, what that means."""
+        """The words as one text; for a candidate that gives up nothing "full rank" or "as asked for"."""
         return " and ".join(self.words) or ("full rank" if self.request.recipe == "full" else "as asked for")
 
 
 def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
-    """The decisions for a model and a batch, with the predicted peak in the plan.
+    """Returns the decisions for a model and the request's sample, with the predicted peak in the plan.
 
-    Errors are those of ``galore_fx.plan``. Without a budget nothing is given up; where nothing that may be chosen fits
-    it, the plan is the smallest and says that it does not fit.
+    Without a budget nothing is given up. If no candidate fits the budget, the plan is the simulated one of
+    the lowest peak, and names the nearest changes that would fit.
+
+    Raises:
+        SettingError, ModelError, OptimizerError: as in ``galore_fx.plan``.
     """
     on_meta = isinstance(model, nn.Module) and next(model.parameters()).device.type == "meta"
     wanted = decide(model, request)
@@ -59,7 +62,7 @@ def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
         model, request.sample, keep_logits=request.keep_logits, micro_batches=request.micro_batches, device=device
     )
     sample = request.sample
-    # An instance of the user's is over the model's parameters and already checked.
+    # The resolved instance is over the model's parameters and already checked.
     budget = wanted.plan.budget_bytes
     request = dataclasses.replace(request, budget=budget, sample=None, optimizer=wanted.optimizer)
     if wanted.plan.budget_bytes is None:
@@ -79,7 +82,7 @@ def decide_for_sample(model: nn.Module, request: Request) -> Decisions:
 def _first_that_fits(
     model: nn.Module, request: Request, wanted: Decisions, simulator: StepSimulator, device: str
 ) -> Decisions:
-    """The fastest plan that fits of the first level with one; the smallest of all where none fits."""
+    """Returns the fastest fitting plan of the first level that has one; if none fits, the plan of the lowest peak."""
     too_large: list[Decisions] = []
     rejected: list[tuple[str, int]] = []
     levels = _levels(wanted, request)
@@ -92,7 +95,7 @@ def _first_that_fits(
                 is_last = candidate is levels[-1][-1]
                 if chosen.plan.fits is False and (fitting or not is_last or too_large):
                     rejected.append((candidate.title, sum(chosen.plan.kept.values())))
-                    continue  # what is kept exceeds the budget before any activation
+                    continue  # exceeds the budget before any activation
                 training = simulator.train(deciding(candidate.request))
                 search = PolicySearch(training, chosen.plan, device, request.reserve, candidate.words)
                 plan = search.best() if _is_open(request, "activation_budget") else search.as_given()
@@ -104,18 +107,18 @@ def _first_that_fits(
                     continue
                 fitting.append(found)
                 if plan.activation_policy == chosen.plan.activation_policy:
-                    break  # nothing is recomputed; none that follows is faster
+                    break  # nothing more is recomputed; no later candidate is faster
             if not fitting and _is_open(request, "refresh_limit"):
                 for limited in itertools.chain.from_iterable(_refreshing_in_turns(*each, request) for each in searched):
                     (fitting if limited.plan.within_budget else too_large).append(limited)
             if fitting:
-                fastest = min(fitting, key=lambda each: each.plan.seconds)  # the first of equals: it gives up less
+                fastest = min(fitting, key=lambda each: each.plan.seconds)  # of equals the first, which gives up less
                 return dataclasses.replace(fastest, plan=dataclasses.replace(fastest.plan, rejected=tuple(rejected)))
-    return min(too_large, key=lambda each: each.plan.peak_bytes)  # the last is searched if no other was
+    return min(too_large, key=lambda each: each.plan.peak_bytes)  # the last is always searched if no other was
 
 
 def _is_open(request: Request, part: str) -> bool:
-    """Whether the planner may choose it; a recipe of the user's own says all of its parts."""
+    """Whether the planner may choose a part; a ``Recipe`` object of the user's sets all of them."""
     return isinstance(request.recipe, str) and part not in request.overrides
 
 
@@ -129,7 +132,7 @@ def _refreshing_in_turns(chosen: Decisions, search: PolicySearch, request: Reque
 
 
 def _levels(wanted: Decisions, request: Request) -> list[list[Candidate]]:
-    """Settings of those parts that the user has left open: levels of falling quality, equal ones within each."""
+    """Returns candidates for the parts that the user left open, in levels of falling quality, equal within a level."""
     recipe, given = wanted.recipe, request.overrides
     is_named = isinstance(request.recipe, str)
     wants_projection = any(part.of_projection for name, part in parts_of(Recipe).items() if name in given)

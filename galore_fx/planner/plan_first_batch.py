@@ -1,4 +1,4 @@
-"""What happens before each training call of a model with a budget: its batch is planned, held to the plan, watched."""
+"""Checks each training call of a compiled model: plans for the first batch, refuses larger ones, watches the peak."""
 
 import dataclasses
 import logging
@@ -30,22 +30,22 @@ PlanFirst = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Check, PeakWatch |
 
 
 class TrainingCheck:
-    """Called with the arguments of each training call before it runs.
+    """Checks the arguments of each training call before it runs.
 
     Args:
-        planned: refuses batches that the plan does not cover; None where there is no plan of a batch yet.
-        plan_first: plans for the first batch and returns the other two; None if it is not to be planned.
-        watch: measures one of the first steps.
+        planned: refuses batches that the plan does not cover; None if no batch is planned (yet).
+        plan_first: plans for the first batch and returns the other two; None if that is not needed.
+        watch: measures an early step; None for no measurement.
     """
 
     def __init__(self, planned: Check | None, plan_first: PlanFirst | None, watch: PeakWatch | None) -> None:
         self._planned, self._plan_first, self._watch = planned, plan_first, watch
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Passes a batch or raises.
+        """Checks one training call.
 
         Raises:
-            UsageError: a batch with which a step would not be within the plan.
+            UsageError: a step with this batch would exceed the plan.
             BudgetError: no plan for the first batch fits the budget.
             ModelError: the first batch cannot be simulated.
         """
@@ -59,13 +59,13 @@ class TrainingCheck:
 
 
 def plan_for_first_batch(model: nn.Module, request: Request, assembled: Assembled, compiled: Compiled) -> PlanFirst:
-    """Plans for a compiled model what is still open when its first batch comes: activation policy and refresh limit.
+    """Returns a function that plans for the first batch of a compiled model: activation policy and refresh limit.
 
     Args:
         model: the compiled model.
-        request: what was asked for, with a budget and without a sample.
-        assembled: what was decided without a batch, and the blocks, which take the policy.
-        compiled: takes the plan, and its optimizer the limit.
+        request: the user's request, with a budget and without a sample.
+        assembled: decisions made without a batch, and the blocks, whose policy is set.
+        compiled: object whose plan is replaced and whose optimizer gets the refresh limit.
     """
     decisions = assembled.decisions
 
@@ -97,11 +97,11 @@ def plan_for_first_batch(model: nn.Module, request: Request, assembled: Assemble
 
 
 def plan_for_arguments(model: nn.Module, compiled: Compiled) -> Replan:
-    """Plans steps of a compiled model with arguments that its sample had not, nothing else being open.
+    """Returns a function that plans steps with arguments that the sample lacked, all other settings being fixed.
 
     Args:
         model: the compiled model.
-        compiled: has the plan in force, and takes the new one where that is within the budget.
+        compiled: object with the plan in force; a new plan within the budget replaces it.
     """
 
     def replan(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:

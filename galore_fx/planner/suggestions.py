@@ -1,4 +1,4 @@
-"""What to change where nothing fits: the batch, the sequence, the dtype or the budget."""
+"""Suggests changes when no plan fits: the budget, the batch, the sequence length, the dtype or the recipe."""
 
 import dataclasses
 
@@ -21,7 +21,18 @@ SMALLEST = "q-galore"
 def nearest_changes(
     model: nn.Module, request: Request, sample: object, smallest: Decisions, device: str
 ) -> tuple[str, ...]:
-    """Changes with which the smallest plan would fit, in words; those of the batch are simulated."""
+    """Returns changes, in words, with which the training would fit.
+
+    A smaller batch and a shorter sequence are simulated. If the bytes kept through the step already exceed the budget,
+    bfloat16 and a smaller recipe are suggested instead, from the kept bytes alone.
+
+    Args:
+        model: the model.
+        request: the user's request, with a budget.
+        sample: batch that the plan is for.
+        smallest: decisions of the lowest peak, with a prediction.
+        device: "cpu" or "cuda".
+    """
     budget, plan = smallest.plan.budget_bytes, smallest.plan
     assert budget is not None and plan.prediction is not None
     kept, allowed = plan.prediction.phases["load"], largest_peak(budget, device, request.reserve)
@@ -48,7 +59,7 @@ def nearest_changes(
             try:
                 found = PolicySearch(simulator.train(deciding(asked)), plan, device, request.reserve, ()).best()
             except ModelError:
-                break  # the model does not take it that way
+                break  # the model does not accept the shortened sample
             if found.within_budget:
                 words.append(f"{name} {smaller} instead of {size}")
                 break
@@ -56,20 +67,20 @@ def nearest_changes(
 
 
 def _smaller_recipe(model: nn.Module, request: Request, kept: int, allowed: int) -> list[str]:
-    """The recipe that keeps least, where it leaves room for the activations; what a step takes is not simulated."""
+    """Returns the recipe that keeps least, in words, if it leaves room for activations; no step is simulated."""
     if not isinstance(request.recipe, str) or request.recipe == SMALLEST:
         return []
     asked = dataclasses.replace(request, recipe=SMALLEST, overrides={**request.overrides, "update": "in-backward"})
     try:
         smaller = sum(decide(model, dataclasses.replace(asked, budget=None)).plan.kept.values())
-    except SettingError:  # it goes with something that is asked for
+    except SettingError:  # it conflicts with an override
         return []
     told = f"recipe={SMALLEST!r}, which keeps {format_bytes(smaller)} instead of {format_bytes(kept)}"
     return [told] if smaller < allowed else []
 
 
 def _settled(request: Request, recipe: Recipe) -> Request:
-    """The request with what a plan has settled: it must decide nothing anew."""
+    """Returns the request with the parts that the planner chose, so that nothing is chosen anew."""
     if not isinstance(request.recipe, str):
         return request
     open_parts = ("update", "rank", "refresh_limit") if recipe.projects else ("update",)

@@ -1,4 +1,4 @@
-"""The peak of a compiled model's training step: counted by running it, and compared with the plan."""
+"""Counts the peak of a compiled model's training step by running it, and compares it with the plan."""
 
 from typing import Any
 
@@ -13,20 +13,20 @@ from galore_fx.runtime.measure.peak_watch import CudaMeter, PeakWatch
 from galore_fx.runtime.step.subspace_optimizer import SubspaceOptimizer
 from galore_fx.simulation.sample import call_arguments
 
-# A step that exceeds its plan by more than this share is warned of.
+# Fractions by which a step may exceed its plan, exact or estimated, without a warning.
 TOLERANCE = 0.01
 ESTIMATE_TOLERANCE = 0.1
 
 
 def counted_peak(model: nn.Module, sample: object) -> int:
-    """Bytes of a whole step at its highest, of a steady one and those that renew all bases; the model trains them.
+    """Runs training steps, which train the model, and returns the highest peak of a steady and the refreshing ones.
 
     Args:
-        model: compiled by ``galore_fx.compile``.
+        model: a model compiled by ``galore_fx.compile``.
         sample: a batch on the model's device, as the model takes it.
 
     Returns:
-        What lives between steps (weights, bases, states, the batch) and what a step adds to it at most. Exact on a CPU.
+        Bytes between steps (weights, bases, states, the batch) plus the most that a step adds; exact on a CPU.
     """
     compiled = model.galore_fx
     assert isinstance(compiled, Compiled)
@@ -43,26 +43,26 @@ def counted_peak(model: nn.Module, sample: object) -> int:
 
     device = next(model.parameters()).device
     num_turns = _num_turns(optimizer)
-    for _ in range(2 * num_turns + 1):  # the first refreshes, and then all has been compiled
+    for _ in range(2 * num_turns + 1):  # first refreshes; afterwards everything is compiled
         step()
     steady = count_memory(step, device).transient_peak_bytes
     optimizer.request_refresh()
     for _ in range(num_turns):
-        step()  # compiles the refreshing form where it has not been met
+        step()  # compiles refreshing forms that have not run yet
     optimizer.request_refresh()
     refreshing = [count_memory(step, device).transient_peak_bytes for _ in range(num_turns)]
     return persistent_bytes(model, [*args, *kwargs.values()]) + max(steady, *refreshing)
 
 
 def _num_turns(optimizer: SubspaceOptimizer) -> int:
-    """Updates in which all bases are renewed once."""
+    """Returns the number of updates in which all bases refresh once."""
     queue = optimizer.refreshes.queue
     layers = sorted({queue.layer_of(id(record.weight)) for record in optimizer.records})
     return max(1, queue.limits.num_turns(map(queue.cost_of, layers)))
 
 
 def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:
-    """Bytes that live between the steps of a compiled model, and its batch."""
+    """Returns the bytes that live between the steps of a compiled model, its batch included."""
     compiled = model.galore_fx
     assert isinstance(compiled, Compiled)
     kept = kept_bytes(model, compiled.optimizer)
@@ -70,7 +70,7 @@ def persistent_bytes(model: nn.Module, batch: list[Any]) -> int:
 
 
 def kept_bytes(model: nn.Module, optimizer: SubspaceOptimizer) -> dict[str, int]:
-    """Bytes that live between the steps, by category as in ``Prediction.kept``."""
+    """Returns the bytes that live between steps, by category as in ``Prediction.kept``; shared storage counts once."""
     bases = [t for record in optimizer.records for t in record.kept_tensors()]
     states = [(name, tensor) for state in optimizer.state.values() for name, tensor in state.items()]
     categories = {
@@ -89,7 +89,10 @@ def kept_bytes(model: nn.Module, optimizer: SubspaceOptimizer) -> dict[str, int]
 
 
 def watch_peak(model: nn.Module, optimizer: SubspaceOptimizer, plan: Plan) -> PeakWatch | None:
-    """What compares one of the first steps with the plan, on CUDA, where reading the peak costs nothing; else None."""
+    """Returns a watch that compares an early step with the plan; None without a prediction or off CUDA.
+
+    On CUDA the allocator keeps the peak, so reading it costs nothing.
+    """
     device = next(model.parameters()).device
     if plan.prediction is None or device.type != "cuda":
         return None

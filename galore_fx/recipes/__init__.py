@@ -1,1 +1,1 @@
-"""What to do to each weight: the parts, the published systems as named values, and the checks of both."""
+"""Recipes for the training of weights: their parts, the published systems as named recipes, and the checks."""

@@ -1,4 +1,4 @@
-"""What a recipe's parts may be together: a table of conditions that must not hold, each with what to say."""
+"""Checks a recipe against a table of excluded combinations of parts, each with its message."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,11 +13,11 @@ Condition = Callable[[Recipe], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Parts that do not go together.
+    """A combination of parts that is excluded.
 
     Attributes:
-        broken: whether a recipe has them.
-        message: what to say then; fields of the recipe in braces.
+        broken: whether a recipe has this combination.
+        message: message of the error, with fields of the recipe in braces.
     """
 
     broken: Condition
@@ -25,10 +25,10 @@ class Rule:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Whether each part's value is allowed, and all go together.
+    """Checks that each part's value is allowed and that all values are compatible.
 
     Raises:
-        SettingError: names the value, what is allowed and what to do.
+        SettingError: they are not; the message names the value, the allowed ones and the remedy.
     """
     for name, part in parts_of(recipe).items():
         part.values.check(name, getattr(recipe, name))
@@ -39,12 +39,12 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _only(condition: Condition, allowed: Mapping[str, Any], message: str) -> tuple[Rule, ...]:
-    """Where the condition holds, these parts have these values only.
+    """Returns rules that allow only one value of each given part if a condition holds.
 
     Args:
-        condition: of a recipe.
-        allowed: the one value of each part.
-        message: PART stands for the part and its value, USE for the part and the allowed one.
+        condition: condition on the recipe.
+        allowed: the only allowed value of each part.
+        message: message in which PART is replaced by the part and its value, USE by the part and the allowed value.
     """
 
     def rule(name: str, value: Any) -> Rule:
@@ -71,7 +71,7 @@ RULES: tuple[Rule, ...] = (
         "cross_head={cross_head!r} shares a basis of the layer's inputs among its heads, and project={project!r} may "
         "project the outputs; use project='input'",
     ),
-    # How a basis is found, and when.
+    # Method and time of a refresh.
     *_only(
         lambda r: r.basis != "subspace-iteration",
         {"iterations": 1, "oversampling": 0},
@@ -103,7 +103,7 @@ RULES: tuple[Rule, ...] = (
         "the first of them",
     ),
     _needs_projection(lambda r: r.refresh == "lotus", "refresh='lotus'"),
-    # One small basis for several parts of a dimension.
+    # One small basis shared by several parts of a dimension.
     Rule(
         lambda r: r.granularity > 1 and not r.projects,
         "granularity={granularity} cuts the bases of projected weights into parts, and recipe {name!r} projects none",
@@ -114,7 +114,7 @@ RULES: tuple[Rule, ...] = (
         "granularity={granularity} projects the parts of a dimension with one random basis, and PART does not know "
         "parts; use USE, or granularity=1",
     ),
-    # A basis that is drawn says nothing about a gradient.
+    # A random basis does not depend on the gradient.
     Rule(
         lambda r: r.basis == "random" and r.cross_head is not None,
         "basis='random' looks at no gradient, and cross_head={cross_head!r} decides on one; use cross_head=None, or "
@@ -146,7 +146,7 @@ RULES: tuple[Rule, ...] = (
         "residual='scaled' adds to a plain weight, which weight_bits={weight_bits} has not; use weight_bits=None, or "
         "residual='drop'",
     ),
-    # Normalised weights: what is trained are factors, and their gradients are small.
+    # Normalised weights: factors are trained, whose gradients are small.
     Rule(
         lambda r: r.merge_factors and r.weight_norm is None,
         "merge_factors=True merges the factors of normalised weights; give weight_norm='row', too",

@@ -1,7 +1,7 @@
-"""How a part of a recipe declares itself: what it may be, what it does, and when it means something.
+"""Declares the parts of a recipe: allowed values, effect, and the conditions under which a part matters.
 
-A field of ``Recipe`` carries a ``Part`` in its metadata. The value checks, the options of the commands, the tables of
-docs/recipes.md, what a planner leaves alone and what the simulator switches off are read from there.
+A field of ``Recipe`` carries a ``Part`` in its metadata. From it follow the value checks, the options of the commands,
+the tables of docs/recipes.md, the choices that the planner leaves alone and the parts that a simulation switches off.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ UNSET = _Unset()
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """The values that a part may have.
+    """The allowed values of a part.
 
     Attributes:
-        words: in words, for help and tables.
-        check: takes the part's name and a value; raises SettingError, which names the value and what is allowed.
+        words: description of the values, for help and tables.
+        check: takes the part's name and a value; raises SettingError, which names the value and the allowed ones.
     """
 
     words: str
@@ -35,16 +35,15 @@ class Values:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What a field of ``Recipe`` says of itself.
+    """The declaration of a field of ``Recipe``.
 
     Attributes:
-        values: what it may be.
-        help: what it does, in a line.
-        of_projection: whether it means something only where weights are projected. A user who sets such a part wants
-            projection, so that the planner does not answer with full rank.
-        simulated: its value in a simulated training, in which refreshes come when they are asked for and nothing else
-            decides on one; UNSET to leave it as it is.
-        one_graph: the only value with which torch.compile's backend works, which has one graph; UNSET for any.
+        values: the allowed values.
+        help: the effect, in one line.
+        of_projection: whether the part matters only if weights are projected. A user who sets such a part wants
+            projection, so the planner does not choose full rank.
+        simulated: its value in a simulated training, where only the simulator triggers refreshes; UNSET for no change.
+        one_graph: the only value supported by torch.compile's backend, which has one graph; UNSET for any value.
     """
 
     values: Values
@@ -55,17 +54,17 @@ class Part:
 
 
 def part(default: Any, values: Values, help: str, **settings: Any) -> Any:  # noqa: A002 - argparse's word
-    """A field of ``Recipe`` with its declaration; ``settings`` are further fields of ``Part``."""
+    """Returns a field of ``Recipe`` with its declaration; ``settings`` are further fields of ``Part``."""
     return dataclasses.field(default=default, metadata={"part": Part(values, help, **settings)})
 
 
 def parts_of(recipe: Any) -> dict[str, Part]:
-    """The declared parts of a recipe or of its class, by name."""
+    """Returns the declared parts of a recipe or of its class, by name."""
     return {f.name: f.metadata["part"] for f in dataclasses.fields(recipe) if "part" in f.metadata}
 
 
 def one_of(literal: Any, *, or_none: bool = False) -> Values:
-    """The texts of a ``Literal``, and None where that is one."""
+    """Allows the texts of a ``Literal``, and None if ``or_none``."""
     texts = get_args(literal)
     told = ", ".join(texts) + (", or None" if or_none else "")
 
@@ -77,7 +76,7 @@ def one_of(literal: Any, *, or_none: bool = False) -> Values:
 
 
 def whole_number(least: int, *, none: str | None = None) -> Values:
-    """An int from ``least`` on, or None, which ``none`` explains."""
+    """Allows an int of at least ``least``; also None if ``none`` is given, which explains it."""
     told = f"an int of at least {least}" + (f", or None for {none}" if none else "")
 
     def check(name: str, value: object) -> None:
@@ -90,7 +89,7 @@ def whole_number(least: int, *, none: str | None = None) -> Values:
 
 
 def bits(*allowed: int) -> Values:
-    """One of these numbers of bits, or None for the dtype of the weight."""
+    """Allows these numbers of bits, and None for the dtype of the weight."""
     told = f"{', '.join(map(str, allowed))}, or None for the weight's own dtype"
 
     def check(name: str, value: object) -> None:
@@ -101,7 +100,7 @@ def bits(*allowed: int) -> Values:
 
 
 def number(words: str, allows: Callable[[float], bool], *, or_none: bool = False) -> Values:
-    """A finite number that ``allows`` accepts, as ``words`` says; or None."""
+    """Allows finite numbers that ``allows`` accepts, as ``words`` describes; also None if ``or_none``."""
 
     def check(name: str, value: object) -> None:
         if or_none and value is None:
@@ -114,12 +113,12 @@ def number(words: str, allows: Callable[[float], bool], *, or_none: bool = False
 
 
 def positive(*, or_none: bool = False) -> Values:
-    """A finite number above 0."""
+    """Allows finite numbers above 0; also None if ``or_none``."""
     return number("a finite number above 0", lambda value: value > 0, or_none=or_none)
 
 
 def flag() -> Values:
-    """True or False."""
+    """Allows True and False."""
 
     def check(name: str, value: object) -> None:
         if not isinstance(value, bool):
@@ -129,7 +128,7 @@ def flag() -> Values:
 
 
 def rank_or_share() -> Values:
-    """Columns of a basis as an int, or a fraction of the weight's shorter side."""
+    """Allows an int of at least 1 (columns of a basis), or a fraction of the weight's shorter side in (0, 1]."""
 
     def check(name: str, value: object) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,6 +1,7 @@
-"""What to do to each weight, as data: a ``Recipe`` is a set of orthogonal parts, a published system a named value.
-Each part declares itself in its field (parts.py): what it may be, what it does, and when it means something. Rules
-between parts are a table in checks.py.
+"""Defines ``Recipe``, the treatment of weights as a set of orthogonal parts. Published systems are named recipes.
+
+The field of each part declares its values, effect and conditions (parts.py). Rules between parts are a table in
+checks.py.
 """
 
 import dataclasses
@@ -25,85 +26,86 @@ Rounding = Literal["stochastic", "nearest"]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One setting of every part; the fields are also the keyword overrides of ``plan`` and ``compile``.
+    """A value for every part; all fields but the first two are also keyword overrides of ``plan`` and ``compile``.
 
     Attributes:
-        name: the recipe it started from.
+        name: name of the recipe it is derived from.
         projects: whether weights of linear layers are trained in a subspace at all.
-        rank: columns of each basis, or the fraction of the weight's shorter side. Clamped to the shorter side.
-        project: which dimension shrinks to the rank: the shorter side (GaLore, Zhao et al. 2024,
-            arXiv:2403.03507, section 4.2), the layer's inputs, or its outputs.
-        basis: exact SVD of the gradient; the subspace method, warm-started from the old basis; or drawn at random,
-            orthonormal, from a fixed seed.
-        iterations: of the subspace method at each refresh, one in each of so many updates in a row, every one with the
-            gradient of its own batch.
-        oversampling: random columns that the sketch has besides the basis; of all the leading ones are kept (Halko,
+        rank: columns of each basis, an int or a fraction of the weight's shorter side; at most the shorter side.
+        project: the dimension that shrinks to the rank: the shorter side (GaLore, Zhao et al. 2024, arXiv:2403.03507,
+            section 4.2), the layer's inputs, or its outputs.
+        basis: exact SVD of the gradient; subspace iteration, warm-started from the old basis; or random orthonormal
+            columns from a fixed seed.
+        iterations: subspace iterations per refresh, one in each of as many consecutive updates, each with the gradient
+            of its own batch.
+        oversampling: random columns of the sketch in addition to the basis; the leading ones of all are kept (Halko,
             Martinsson, Tropp 2011, section 4.2).
-        granularity: c, so many parts of the projected dimension share one basis of rank / c columns: G (m, n) is
-            projected as (m c, n / c) (VLoRP, arXiv:2505.01744). ``rank`` is what the parts have together, VLoRP's
-            memory budget M = c r. In force is the largest common divisor of the dimension and the rank up to c.
-        cross_head: the weights of an attention's queries and keys (and values) find their basis from the gradient of
-            one head, or as many as the rank needs, drawn anew at each refresh (GaLore+, Liao et al. 2024,
-            arXiv:2412.19820; reconstructed). With "-shared" one basis, of a head of the queries, serves the keys (and
-            values) of the same rank that read the same input, too: it is kept once, and so is X P. Needs
-            ``project="input"``. Weights in which the graph shows no heads are projected as others are.
-        refresh: when a basis is renewed: at a fixed gap; lazily, each weight at a gap of its own that doubles while its
-            subspace stays (Q-GaLore, arXiv:2407.08296, section 3.2); or where the gradient inside the subspace has
-            stopped moving (Lotus, arXiv:2602.01233, algorithm 1), looked at every ``lotus_interval`` updates.
-        moments_on_refresh: with a new basis, states stay as they are (GaLore), are expressed in it (LDAdam, Robert et
-            al. 2024, arXiv:2410.16103), or start anew.
+        granularity: c, the number of parts of the projected dimension that share one basis of rank / c columns. G
+            (m, n) is projected as (m c, n / c) (VLoRP, arXiv:2505.01744). ``rank`` is the total of the parts, VLoRP's
+            memory budget M = c r. In force is the largest common divisor of dimension and rank that is at most c.
+        cross_head: roles of the attention weights (queries, keys, values) that take their basis from the gradient of
+            one head, or of as many as the rank needs, drawn anew at each refresh (GaLore+, Liao et al. 2024,
+            arXiv:2412.19820; reconstructed). With "-shared" the basis of the queries also serves keys (and values) of
+            the same rank that read the same input; basis and X P are then stored once. Needs ``project="input"``.
+            Weights without recognised heads are projected as ordinary matrices.
+        refresh: when a basis is renewed: at a fixed gap; lazily, at a gap per weight that doubles while its subspace is
+            stable (Q-GaLore, arXiv:2407.08296, section 3.2); or when the gradient inside the subspace has stopped
+            moving (Lotus, arXiv:2602.01233, algorithm 1), checked every ``lotus_interval`` updates.
+        moments_on_refresh: optimizer states are kept as they are (GaLore), rotated into the new basis (LDAdam, Robert
+            et al. 2024, arXiv:2410.16103), or reset.
         refresh_gap: updates between two refreshes of one basis (GaLore's T).
-        lazy_statistic: share of the new gradient's energy that the old subspace holds, beyond chance (ours); or |cos|
+        lazy_statistic: share of the new gradient's energy in the old subspace, above chance level (ours); or |cos|
             between the first vectors of two bases (Q-GaLore).
-        lazy_threshold: mean of the statistic from which on the gap doubles.
-        lazy_queue: of how many refreshes the mean is taken (Q-GaLore: 5).
+        lazy_threshold: mean of the statistic at or above which the gap doubles.
+        lazy_queue: number of refreshes in that mean (Q-GaLore: 5).
         lazy_limit: the largest gap, as a multiple of ``refresh_gap``.
-        lotus_threshold: mean displacement of an update, of the unit projected gradient, below which a basis is
-            renewed (Lotus's gamma: 0.005 to 0.02).
-        lotus_interval: updates between two decisions (Lotus's eta: 25 to 100).
-        stagger: refresh the layers one after the other over the gap, instead of all in the same step.
-        refresh_limit: blocks whose bases may be renewed in the same update, None for all that are due; the others wait
-            their turn. What a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
-            alive for so many blocks only.
-        refresh_limit_bytes, refresh_limit_s: the same by what the blocks' refreshes add to a step, in bytes and seconds
-            (galore_fx/assembly/refresh_cost.py: an upper bound, and a nominal rate).
-        residual: what becomes of the gradient outside the subspace: nothing (GaLore), or some entries of it are kept
-            and trained with moments of their own (GaLore+; reconstructed, see runtime/remainder/sparse.py), or all
-            of it is applied, scaled as the optimizer scales the rest (Fira, Chen et al. 2024, arXiv:2410.01623). The
-            latter needs ``update="in-backward"``; it works from dY and X, and forms a gradient only for an exact SVD
-            (one weight's at a time), in a block that is not compiled or runs under hooks on saved tensors, and of a
-            weight that not one linear layer alone reads, once before an update.
-        residual_density: share of the entries: so many columns in each block of 64 rows.
-        residual_variant: at these entries the step of full-rank training in place of the back-projected one; or the
-            optimizer's step on the error of the projection added to it; or the error itself, scaled as by Fira, which
-            keeps no states.
-        residual_warm_up: updates in which the entries are learnt, from their errors; nothing is added in them. All
-            columns have had their turn after about 2.4 / residual_density.
-        weight_norm: "row" or "column": the blocks' linear weights are frozen, and what is trained of them is a low-rank
-            change and a magnitude for each row or column of the sum (GradNormLoRP, Huang et al. 2024,
-            arXiv:2412.19616; reconstructed, see runtime/layers/normalized_linear.py). ``rank`` is that of the factors,
-            whose gradients are projected to as many dimensions.
-        sides: of a factor's gradient that are projected: its longer one too, or only the shorter one.
-        factor_scale: of the low-rank change.
-        merge_factors: with each ``refresh_gap`` the change is added to the frozen weight and the factors start anew
-            (ours, for training from random weights).
+        lotus_threshold: mean displacement per update of the unit projected gradient below which a basis is renewed
+            (Lotus's gamma: 0.005 to 0.02).
+        lotus_interval: updates between two checks (Lotus's eta: 25 to 100).
+        stagger: whether the layers refresh one after the other over the gap, instead of all in the same step.
+        refresh_limit: most blocks that refresh in the same update, None for all that are due; the others wait for their
+            turn. The memory that a refresh needs beyond a steady step (sketches, or full gradients for an SVD) is then
+            alive for that many blocks only.
+        refresh_limit_bytes, refresh_limit_s: the same limit, in bytes and seconds that the blocks' refreshes add to a
+            step (galore_fx/assembly/refresh_cost.py: bytes are an upper bound, seconds assume a nominal rate).
+        residual: treatment of the gradient outside the subspace. "drop" discards it (GaLore). "sparse" trains some of
+            its entries with moments of their own (GaLore+; reconstructed, see runtime/remainder/sparse.py). "scaled"
+            applies all of it, scaled as the optimizer scales the rest (Fira, Chen et al. 2024, arXiv:2410.01623), and
+            needs ``update="in-backward"``. It works from dY and X, and forms a gradient only for an exact SVD (one
+            weight's at a time), in a block that is uncompiled or under hooks on saved tensors, and for a weight that
+            has gradient hooks or is not read by one linear layer alone, once before an update.
+        residual_density: share of the trained entries: as many columns in each block of 64 rows.
+        residual_variant: at these entries "rectified" replaces the back-projected step by that of full-rank training;
+            "additive" adds the optimizer's step on the error of the projection; "scaled" adds the error itself, scaled
+            as in Fira, without states.
+        residual_warm_up: updates in which the entries are learnt from their errors and do not yet change the weight.
+            All columns have been tried after about 2.4 / residual_density updates.
+        weight_norm: "row" or "column" freezes the blocks' linear weights and trains a low-rank change and a magnitude
+            for each row or column of the sum (GradNormLoRP, Huang et al. 2024, arXiv:2412.19616; reconstructed, see
+            runtime/layers/normalized_linear.py). ``rank`` is that of the factors, whose gradients are projected to as
+            many dimensions.
+        sides: "two" projects both sides of a factor's gradient, "one" only the shorter side.
+        factor_scale: scale of the low-rank change.
+        merge_factors: whether after each ``refresh_gap`` the change is added to the frozen weight and the factors start
+            anew (ours, for training from random weights).
         weight_bits: 8 to store projected weights, or the frozen ones of ``weight_norm``, as codes (Q-GaLore, Zhang et
-            al. 2024, arXiv:2407.08296, section 3.4); they are dequantised for each product. A weight whose elements
-            make no whole groups of 256 stays as it is.
-        rounding: how an updated weight gets back into the 16 or 8 bits that it is stored in, projected or not. To the
-            nearest, as torch's optimizers do, steps that are small beside the weight are lost (in bfloat16 most of
-            them at learning rates below 1e-3); stochastically, they are kept on average. Which way an element goes
-            follows from a seed, the update and the element (runtime/formats/counter_rng.py), so that a resumed run goes
-            the same way. float32 weights are not rounded.
+            al. 2024, arXiv:2407.08296, section 3.4), which are dequantised for each product. A weight whose number of
+            elements is not a multiple of 256 keeps its dtype.
+        rounding: rounding of an updated weight, projected or not, to the 16 or 8 bits of its storage. Rounding to the
+            nearest, as in torch's optimizers, loses steps that are small relative to the weight (in bfloat16 most of
+            them at learning rates below 1e-3). Stochastic rounding keeps them on average; its direction depends on a
+            seed, the update and the element (runtime/formats/counter_rng.py), so a resumed run rounds the same way.
+            float32 weights are not rounded.
         basis_bits: 4 (Q-GaLore) or 8 to store the bases as codes; a quantised basis is orthonormal to a few percent.
         state_bits: 8 for block-wise quantised states (Dettmers et al. 2022, arXiv:2110.02861; tensors of fewer than
-            4096 elements stay in float32), 32 for float32, None for the weight's dtype (for float16, in which squares
-            of gradients vanish, float32).
+            4096 elements stay in float32), 32 for float32, None for the weight's dtype (float32 for float16 weights,
+            since squares of gradients underflow in float16).
         scale: factor of the back-projected update (GaLore's alpha).
-        update: all parameters in ``optimizer.step()``, or each inside the backward that completes its gradient.
-        max_grad_norm: 2-norm that the gradients are clipped to, or None.
-        activation_budget: AOTAutograd's memory budget for each block, 0 to 1: between what the block's inputs take and
-            what its default partition saves. Peak memory need not fall with it all the way.
+        update: whether parameters are updated in ``optimizer.step()``, or each inside the backward that completes its
+            gradient.
+        max_grad_norm: 2-norm to which the gradients are clipped; None for no clipping.
+        activation_budget: AOTAutograd's memory budget for each block, from 0 (the bytes of the block's inputs) to 1
+            (the bytes that its default partition saves). A lower value need not lower the peak memory.
     """
 
     name: str
@@ -219,12 +221,12 @@ class Recipe:
     )
 
     def rank_in_force(self, shape: tuple[int, int]) -> int:
-        """The rank used for a weight of this shape: never above its shorter side."""
+        """Returns the rank for a weight of this shape: from 1 up to its shorter side."""
         shorter = min(shape)
         wanted = round(self.rank * shorter) if isinstance(self.rank, float) else self.rank
         return max(1, min(wanted, shorter))
 
     def granularity_in_force(self, basis: tuple[int, int]) -> int:
-        """The parts that a basis (size, rank) is cut into."""
+        """Returns the number of parts of a basis (size, rank): the largest common divisor up to ``granularity``."""
         common = math.gcd(*basis)
         return max(parts for parts in range(1, min(self.granularity, common) + 1) if common % parts == 0)

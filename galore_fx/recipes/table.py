@@ -1,4 +1,4 @@
-"""The table of all parts, from what they declare: docs/recipes.md and the commands' ``--list-parts`` show it."""
+"""Builds the table of all parts from their declarations, for docs/recipes.md and the option ``--list-parts``."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from galore_fx.recipes.recipe import Recipe
 
 
 def parts_table(tablefmt: str = "github") -> str:
-    """A row for each part: what it does, its values, the default, and the recipes that have another value.
+    """Returns a row for each part: its effect, its values, the default, and the recipes with another value.
 
     Args:
-        tablefmt: as of ``tabulate``.
+        tablefmt: table format of ``tabulate``.
     """
     default = Recipe("default")
     rows = []

@@ -1,1 +1,1 @@
-"""Training steps on fake tensors: what a step will take, before anything of it is allocated."""
+"""Simulates training steps on fake tensors, to know their memory and time before anything is allocated."""

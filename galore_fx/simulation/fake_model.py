@@ -1,4 +1,4 @@
-"""A model and a batch as fake tensors on the CPU: shapes and dtypes without a byte behind them."""
+"""Copies a model and a batch to fake tensors on the CPU, which have shapes and dtypes but no memory."""
 
 import copy
 import warnings
@@ -15,29 +15,30 @@ from galore_fx.simulation.sample import call_arguments, describe_sample
 
 
 def fake_mode() -> FakeTensorMode:
-    """A mode in which all sizes are numbers."""
+    """Returns a fake tensor mode in which every size is a number, not a symbol."""
     return FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
 
 
 def fake_copy(
     model: nn.Module, mode: FakeTensorMode, copier: Callable[[nn.Module], nn.Module] = copy.deepcopy
 ) -> nn.Module:
-    """A copy of the model as it was before any compilation, in training mode.
+    """Returns a fake copy of the model in its state before any compilation, in training mode.
 
-    Parameters of the meta device or of a GPU become fake CPU tensors: fake GPU tensors need a GPU build of torch.
+    Parameters and buffers on the meta device or a GPU become fake CPU tensors, since fake GPU tensors need a GPU build
+    of torch.
 
     Args:
-        model: any model.
-        mode: the fake tensors' mode.
-        copier: makes the copy.
+        model: any module.
+        mode: mode of the fake tensors.
+        copier: function that copies the model.
 
     Raises:
-        ModelError: not a module.
+        ModelError: the model is not an ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is not an nn.Module")
     with warnings.catch_warnings(), FakeCopyMode(mode):
-        warnings.simplefilter("ignore")  # that the copy of a compiled model is plain is what is wanted
+        warnings.simplefilter("ignore")  # the copy of a compiled model is plain on purpose
         fake = copier(model)
     vars(fake).pop("galore_fx", None)
     moved: dict[int, Tensor] = {}
@@ -50,13 +51,13 @@ def fake_copy(
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy without memory of the model as it was before any compilation, its parameters on the meta device."""
+    """Returns a copy on the meta device, without memory, of the model in its state before any compilation."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         made = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the copy of a compiled model is plain is what is wanted
+        warnings.simplefilter("ignore")  # the copy of a compiled model is plain on purpose
         copied = copy.deepcopy(model, memo)
     vars(copied).pop("galore_fx", None)
     return copied
@@ -69,7 +70,7 @@ def _on_cpu(value: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 def fake_batch(sample: object, mode: FakeTensorMode) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keywords of the model's forward, every tensor fake; one that is given twice stays one."""
+    """Returns a sample as fake arguments and keywords of the model's forward; a tensor passed twice stays one."""
     made: dict[int, Tensor] = {}
 
     def as_fake(value: Any) -> Any:
@@ -87,11 +88,11 @@ def check_sample(model: nn.Module, sample: object) -> None:
 
     Args:
         model: any module.
-        sample: a batch as the model takes it: a mapping is passed as keywords, a tuple or list as positions,
-            anything else as the one argument.
+        sample: a training batch. A mapping is passed as keywords, a tuple or list as positional arguments, anything
+            else as the only argument.
 
     Raises:
-        ModelError: the model does not accept it; quotes the model's own error.
+        ModelError: the model is not an ``nn.Module`` or does not accept the sample; quotes the model's own error.
     """
     mode = fake_mode()
     fake = fake_copy(model, mode)
@@ -100,7 +101,7 @@ def check_sample(model: nn.Module, sample: object) -> None:
         with mode, as_if_real(), torch.no_grad():
             fake(*args, **kwargs)
     except DataDependentOutput:
-        # The model looks into its input's values, which fake tensors have not; the first real call will tell.
+        # The model reads values of its input, which fake tensors lack; only the first real call can show an error.
         return
     except Exception as error:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Keeps a model that runs on fake tensors on the branches that it takes on real ones."""
+"""Makes a model on fake tensors take the branches that it takes on real ones."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,11 +13,11 @@ from galore_fx.runtime.torch_private import FakeTensor, TorchDispatchMode
 
 @contextmanager
 def as_if_real() -> Iterator[None]:
-    """Keeps a model on the branches that a healthy step on real tensors takes.
+    """Makes a model within the context take the branches of a healthy step on real tensors.
 
-    A number that is read from a fake tensor has no value: a truth is answered with True, a float with a small positive
-    number, an int with 0 ("no error"). transformers asks whether it is being traced, and would build attention masks
-    that a training step does not build; its experts would call a kernel that knows fakes of bfloat16 only.
+    A number read from a fake tensor has no value, so a bool reads as True, a float as a small positive number and an
+    int as 0 ("no error"). transformers checks whether it is traced, and would build attention masks that a training
+    step does not build. Its experts would call a kernel whose fake form supports bfloat16 only.
     """
     with ExitStack() as stack:
         for module, name, make in _ASKED:
@@ -39,7 +39,7 @@ def _bfloat16_only(can_use_grouped_mm: Callable[..., bool]) -> Callable[..., boo
     return can_use
 
 
-# Functions of transformers that look at what kind of tensors there are.
+# Functions of transformers whose answer depends on the kind of the tensors: module, name, replacement.
 _ASKED = (
     ("transformers.masking_utils", "is_tracing", _tracing_is_compiling),
     ("transformers.integrations.moe", "_can_use_grouped_mm", _bfloat16_only),
@@ -49,7 +49,7 @@ _ASKED = (
 class _HealthyNumbers(TorchDispatchMode):
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Dynamo compiles under this mode instead of skipping the frame."""
+        """Returns True, so that Dynamo compiles under this mode instead of skipping the frame."""
         return True
 
     def __torch_dispatch__(

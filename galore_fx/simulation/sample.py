@@ -1,4 +1,4 @@
-"""What a sample is: a batch as the model takes it, as arguments of its forward, and cut smaller."""
+"""Converts a sample, a batch as the model takes it, to arguments of the model's forward, and shortens it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ from galore_fx.runtime.torch_private import tree_map
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCall:
-    """A sample that has both positions and keywords, as a call of the model may."""
+    """A sample with both positional arguments and keywords, as in a call of the model."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 def call_arguments(sample: object, convert: Callable[[Any], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A sample as arguments and keywords of the model's forward, each tensor in it converted."""
+    """Returns a sample as arguments and keywords of the model's forward, with ``convert`` applied to every leaf."""
     if isinstance(sample, TrainingCall):
         converted = tree_map(convert, list(sample.args))
         return tuple(converted), {key: tree_map(convert, value) for key, value in sample.kwargs.items()}
@@ -29,7 +29,7 @@ def call_arguments(sample: object, convert: Callable[[Any], Any]) -> tuple[tuple
 
 
 def describe_sample(sample: object) -> str:
-    """Dtypes and shapes of a sample, for messages."""
+    """Returns the dtypes and shapes of a sample as text, for messages."""
     args, kwargs = call_arguments(sample, _describe)
     return str(kwargs or list(args))
 
@@ -39,7 +39,7 @@ def _describe(value: object) -> str:
 
 
 def batch_size(sample: object, dim: int) -> int:
-    """Sequences (0) or tokens (1) of a sample, from its first tensor; 0 where that does not say it."""
+    """Returns the number of sequences (dim 0) or tokens (dim 1) in the first tensor of a sample; 0 if it has none."""
     args, kwargs = call_arguments(sample, lambda value: value)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     known = bool(tensors) and tensors[0].ndim > dim and (dim == 0 or not tensors[0].is_floating_point())
@@ -47,7 +47,7 @@ def batch_size(sample: object, dim: int) -> int:
 
 
 def shortened(sample: object, dim: int, size: int) -> object:
-    """A sample with fewer sequences (0) or tokens (1): every tensor that has as many as the first one is cut."""
+    """Cuts a sample to ``size`` sequences (dim 0) or tokens (dim 1), in every tensor that has as many as the first."""
     before = batch_size(sample, dim)
 
     def cut(value: Any) -> Any:

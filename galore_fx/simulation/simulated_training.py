@@ -1,4 +1,4 @@
-"""One model on fake tensors, in training: plays its steps and sorts their moments by what goes on in them."""
+"""Simulates training steps of one model on fake tensors and attributes their events to the blocks."""
 
 import contextlib
 import dataclasses
@@ -32,11 +32,11 @@ from galore_fx.runtime.torch_private import num_captured_graphs, tree_leaves
 
 @dataclasses.dataclass(frozen=True)
 class PlayedBlocks:
-    """Which blocks are played.
+    """The simulated blocks, each the representative of one or more blocks.
 
     Attributes:
-        names: of all blocks.
-        members: for each that is played those that it stands for.
+        names: names of all blocks of the model.
+        members: for each simulated block the indices of the blocks that it represents, itself included.
     """
 
     names: list[str]
@@ -45,14 +45,14 @@ class PlayedBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class SimulatedStep:
-    """What a simulated step consists of, and the surroundings that it needs.
+    """Settings of a simulated step, and the context that it runs in.
 
     Attributes:
         args, kwargs: the batch, on fake tensors.
         num_passes: forwards and backwards before each update.
-        keep_logits: as of ``galore_fx.compile``.
-        granularity: allocations are multiples of so many bytes.
-        simulating: the context within which graphs are lowered and run on fake tensors, counted by this counter.
+        keep_logits: as in ``galore_fx.compile``.
+        granularity: bytes to a multiple of which each allocation is rounded up.
+        simulating: returns the context in which graphs are lowered and run on fake tensors; takes the counter.
     """
 
     args: tuple[Any, ...]
@@ -64,11 +64,11 @@ class SimulatedStep:
 
 
 class NotAdditive(Exception):
-    """A short model does not stand for the whole one."""
+    """A shortened model does not represent the whole one."""
 
 
 class FakeTraining:
-    """A model on fake tensors with its optimizer, whose steps are played."""
+    """A model on fake tensors with its optimizer, whose steps are simulated."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class FakeTraining:
         played_blocks: PlayedBlocks,
         num_elements: int,
     ) -> None:
-        # Refreshes come when they are asked for, and all at once. What decides on them runs in every step, and never
-        # decides for one.
+        # Refreshes happen on request only, all in one update. The refresh criterion runs in every step, but never
+        # triggers one.
         neutral = {name: part.simulated for name, part in parts_of(Recipe).items() if part.simulated is not UNSET}
         endless = dataclasses.replace(decisions.recipe, **neutral)
         self._refresh_limit = _most_refreshes(decisions, played_blocks)
@@ -101,10 +101,11 @@ class FakeTraining:
             counter.learn_sums()
 
     def model(self, shares: Sequence[float], refresh_limit: int | None) -> StepModel:
-        """As ``Training.model``.
+        """Returns the step model, as ``Training.model``.
 
         Raises:
-            NotAdditive: what is played does not stand for all.
+            NotAdditive: the simulated blocks do not represent all blocks.
+            ModelError: a step cannot be simulated.
         """
         for share in shares:
             if share not in self._played:
@@ -114,19 +115,22 @@ class FakeTraining:
         return StepModel(played, self._members, self._persistent(), self._update_scale, limit)
 
     def play_whole(self, policy: Sequence[float]) -> Prediction:
-        """Steps in which each block that is played keeps its own share, as they are: what ``model`` must equal."""
+        """Predicts steps in which each simulated block keeps its own share; ``model`` must predict the same.
+
+        All blocks must be simulated, since nothing is extrapolated.
+        """
         model = StepModel({0.0: self._play(policy)}, self._members, self._persistent(), self._update_scale, None)
         return model.prediction((0,) * len(policy), self.uncaptured)
 
     @property
     def uncaptured(self) -> tuple[str, ...]:
-        """Blocks that run uncompiled."""
+        """Names of the blocks that run uncompiled."""
         failed = {forward.name for forward in self._blocks.forwards if forward.function.failure}
         pairs = zip(self._blocks.forwards, self._members, strict=True)
         return tuple(self._names[block] for forward, members in pairs if forward.name in failed for block in members)
 
     def _play(self, policy: Sequence[float]) -> list[PlayedStep]:
-        """A steady and a refreshing step, all forms of the graphs being known by then, and an evaluation."""
+        """Simulates a steady step, a refreshing one and an evaluation, in which nothing is compiled any more."""
         self._blocks.set_policy(policy)
         with self._settings.simulating(self._counter), self._counter:
             self._optimizer.request_refresh()
@@ -138,9 +142,9 @@ class FakeTraining:
         return [steady, refreshing, self._evaluation]
 
     def _compiled_step(self, name: str) -> PlayedStep:
-        """A step in which nothing is compiled: what is keeps its example inputs alive longer than a step does.
+        """Simulates a step without compilation, which would keep its example inputs alive longer than a step does.
 
-        The second may compile too: a BERT that classifies settles its kind of problem in the first.
+        The first attempt may compile: a BERT for classification settles its problem type in the step before.
         """
         while True:
             num_graphs = num_captured_graphs()
@@ -186,7 +190,7 @@ class FakeTraining:
         if name != "eval":
             self._check_additive(calls)
         moments = counter.moments(start, counter.now)
-        # Saved is what the turn from forward to backward finds: a hidden state that only the next block read is gone.
+        # Bytes alive when the backward begins are saved; a hidden state that only the next block read is freed by then.
         turns: dict[int, int] = {}
         for call in calls:
             if call.backward is not None:
@@ -196,10 +200,13 @@ class FakeTraining:
         return played_step(name, calls, moments, saved, left, counter.costs)
 
     def _check_additive(self, calls: Sequence[Call]) -> None:
-        """Raises where more grows with the number of blocks than what the played ones take, as far as can be seen.
+        """Checks, as far as possible, that nothing grows with the number of blocks beyond the blocks' own bytes.
 
-        Of a row that is cut short, every call must have a backward that was noticed, nothing made between two of its
-        blocks may wait for the backward, and the block that stands for others and the one behind it are one graph.
+        Every call of a block that represents others must have an observed backward, no tensor made between it and its
+        neighbours may be kept for the backward, and the block after it must have the same graph.
+
+        Raises:
+            NotAdditive: one of these does not hold.
         """
         cut = {block for block, members in enumerate(self._members) if len(members) > 1}
         graphs: dict[int, set[object]] = {}
@@ -217,7 +224,7 @@ class FakeTraining:
             raise NotAdditive("blocks of a row have different graphs")
 
     def _persistent(self) -> dict[str, int]:
-        """What lives through the whole step, each storage once; of a block as often as it stands for others."""
+        """Returns the bytes by category that live through the step: each storage once, times the blocks represented."""
         seen: set[int] = set()
         optimizer = self._optimizer
         records = {id(record.weight): record for record in optimizer.records}
@@ -248,7 +255,7 @@ class FakeTraining:
 
 
 def _most_refreshes(decisions: Decisions, played: PlayedBlocks) -> int | None:
-    """How many blocks of the whole model may ever refresh together; None for all."""
+    """Returns how many blocks of the whole model may refresh together at most; None for all."""
     costs = refresh_costs(decisions.regions, decisions.plan.parameters, decisions.recipe)
     of_all = [costs[block] for block, members in enumerate(played.members) if block in costs for _ in members]
     return refresh_limits(decisions.recipe).most_layers(of_all)
@@ -265,7 +272,14 @@ def _watch(fake: nn.Module, blocks: InstalledBlocks, calls: BlockCalls) -> None:
 
 
 def _loss_of(out: Any) -> Tensor:
-    """What a training loop would call backward on: the output's ``loss``, else a number, else the first tensor."""
+    """Returns the scalar that a training loop would call backward on.
+
+    It is the output's ``loss``; else the first scalar, or else the first tensor, that requires a gradient. Tensors
+    that are no scalars are averaged in float32.
+
+    Raises:
+        ModelError: the output has no such tensor.
+    """
     named = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
     trained = [value for value in tree_leaves(out) if isinstance(value, Tensor) and value.requires_grad]
     found = named if isinstance(named, Tensor) else next((value for value in trained if value.ndim == 0), None)
@@ -288,14 +302,14 @@ def _observer(counter: StorageCounter) -> Callable[[str, Tensor | None], Any]:
 
 
 class _CountedHead(HeadCompiler):
-    """Head and loss, whose allocations count as the loss's."""
+    """Compiles head and loss so that their allocations count under the category "loss"."""
 
     def __init__(self, counter: StorageCounter) -> None:
         super().__init__()
         self._counter = counter
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
-        """As ``HeadCompiler``."""
+        """Returns the callable of ``HeadCompiler``, within the category "loss"."""
         forward = super().__call__(gm, example_inputs)
 
         def counted(*inputs: object) -> Any:

@@ -1,14 +1,15 @@
-"""Plays training steps on fake tensors and counts every byte of them, before any of them is allocated.
+"""Simulates training steps on fake tensors and counts their bytes before anything is allocated.
 
     fake copy of the model  ->  the same decisions, dispatchers, optimizer and hooks as ``compile`` installs
     block graphs            ->  Inductor's own wrappers, run without kernels (fake_inductor.py)
-    all that is eager       ->  runs as it is (head and loss, hooks, clipping, refreshes)
-    StorageCounter          ->  what lives at each moment, and what it is for
-    BlockCalls              ->  which block runs then
-    StepModel               ->  of a row of equal blocks three are played, and stand for all
+    eager code              ->  runs unchanged (head and loss, hooks, clipping, refreshes)
+    StorageCounter          ->  the bytes alive after each event, by category
+    BlockCalls              ->  the block that runs at each event
+    StepModel               ->  a whole step from three blocks of each row of equal ones
 
-Exact in float32 on a CPU (docs/plan_accuracy.md). What library kernels allocate inside themselves (oneDNN's scratch for
-bfloat16 products, attention's workspaces) is measured where the training is to run on this machine's CPU, else unknown.
+The count is exact in float32 on a CPU (docs/plan_accuracy.md). The internal memory of library kernels (oneDNN's scratch
+for bfloat16 products, attention's workspaces) is measured if the training runs on this machine's CPU. On CUDA only the
+workspace of attention is known.
 
 Source: the method of torch.distributed._tools.MemTracker (storages followed through a dispatch mode), applied to the
 code that Inductor generates.
@@ -42,26 +43,27 @@ from galore_fx.simulation.fake_run import as_if_real
 from galore_fx.simulation.sample import describe_sample
 from galore_fx.simulation.simulated_training import FakeTraining, NotAdditive, PlayedBlocks, SimulatedStep
 
-# The caching allocator rounds every block up to this (c10/cuda/CUDACachingAllocator, kMinBlockSize).
+# The caching allocator rounds allocations up to multiples of this (c10/cuda/CUDACachingAllocator, kMinBlockSize).
 CUDA_GRANULARITY = 512
 Decide = Callable[[nn.Module, Variants], Decisions]
 
 
 class StepSimulator:
-    """Simulates the training of one model on one batch; what has been lowered for one serves the next.
+    """Simulates trainings of one model on one batch; all of them share the lowered graphs.
 
     Args:
-        model: a plain model; it is not touched.
-        sample: a batch as the model takes it, of the shapes it will be trained with.
-        keep_logits: as of ``compile``.
-        micro_batches: how many of these batches a step accumulates.
-        device: "cpu": what library kernels allocate inside themselves is measured here, as are the rates that the
-            times follow from; "cuda": graphs are scheduled as Inductor does for Triton, attention in the blocks is
-            CUDA's, with its workspace; of other library kernels none is known; the rates are those of an RTX 4090.
+        model: a plain model; it stays unchanged.
+        sample: a batch as the model takes it, of the shapes to train with.
+        keep_logits: as in ``compile``.
+        micro_batches: number of batches that a step accumulates.
+        device: "cpu" or "cuda". For "cpu" the internal memory of library kernels and the rates behind the times are
+            measured on this machine. For "cuda" graphs are scheduled as by Inductor for Triton, attention in the blocks
+            is CUDA's with its workspace, the internal memory of other library kernels is not counted, and the rates
+            are an RTX 4090's.
     """
 
     def __init__(self, model: nn.Module, sample: object, *, keep_logits: bool, micro_batches: int, device: str) -> None:
-        self._num_passes = min(micro_batches, 2)  # the third is as the second
+        self._num_passes = min(micro_batches, 2)  # a third pass equals the second
         self._keep_logits = keep_logits
         self._model, self._sample = model, sample
         self._mode = fake_mode()
@@ -72,14 +74,14 @@ class StepSimulator:
         self._rates = this_cpu() if device == "cpu" else RTX_4090
         self._granularity = 1 if device == "cpu" else CUDA_GRANULARITY
         self._counter: StorageCounter | None = None
-        self.is_additive = True  # until a short model has been seen not to stand for the whole
+        self.is_additive = True  # False once a shortened model has failed to represent the whole
 
     def train(self, make_decisions: Decide, *, short: bool = True) -> "Training":
-        """A training whose steps are known.
+        """Returns a training whose steps can be predicted.
 
         Args:
-            make_decisions: what ``compile`` would decide about a copy of the model.
-            short: play three blocks of each row of equal ones, where they can stand for the rest.
+            make_decisions: returns the decisions of ``compile`` for a copy of the model.
+            short: simulate only three blocks of each row of equal ones, if they can represent the rest.
 
         Raises:
             ModelError: the model does not run on fake tensors.
@@ -87,7 +89,7 @@ class StepSimulator:
         return Training(self, make_decisions, short)
 
     def play(self, make_decisions: Decide, *, short: bool) -> "FakeTraining":
-        """The model, or a short one for it, on fake tensors. Arguments are those of ``train``."""
+        """Builds the model, or a shortened one, on fake tensors; arguments and errors as in ``train``."""
         regions = find_regions(self._model)
         members = stand_ins(self._model, regions) if short else tuple((i,) for i in range(len(regions)))
         cut = short_lists(self._model, regions, members)
@@ -106,7 +108,12 @@ class StepSimulator:
 
     @contextlib.contextmanager
     def simulating(self, counter: StorageCounter) -> Iterator[None]:
-        """The surroundings of a simulated step."""
+        """Context in which steps are simulated and counted.
+
+        Raises:
+            NotAdditive: raised inside, and passed on.
+            ModelError: any other exception inside.
+        """
         before, self._counter = self._counter, counter
         try:
             lowering = lowering_only(self._note_kernel, for_cuda=self._is_cuda)
@@ -129,7 +136,7 @@ class StepSimulator:
 
 
 class Training:
-    """A training whose steps are known: from a short model where that can stand for the whole, else from all blocks."""
+    """Predicts the steps of one training, from a shortened model if it represents the whole, else from all blocks."""
 
     def __init__(self, simulator: StepSimulator, make_decisions: Decide, short: bool) -> None:
         self._simulator, self._make_decisions = simulator, make_decisions
@@ -137,11 +144,11 @@ class Training:
         self._played = simulator.play(make_decisions, short=self._is_short)
 
     def model(self, shares: Sequence[float], refresh_limit: int | None = None) -> StepModel:
-        """Steps of the whole model, in which each block keeps one of these shares of its activations.
+        """Returns the steps of the whole model for any choice of one of these shares per block.
 
         Args:
-            shares: what is open.
-            refresh_limit: in place of the recipe's.
+            shares: shares of its activations (0 to 1) that a block may keep.
+            refresh_limit: most blocks that refresh in one update; None for the recipe's limit.
 
         Raises:
             ModelError: the model does not run on fake tensors, or does not accept the sample.
@@ -149,18 +156,21 @@ class Training:
         if self._is_short:
             try:
                 return self._played.model(shares, refresh_limit)
-            except (NotAdditive, ModelError):  # a model that looks its layers up by place may not even run
+            except (NotAdditive, ModelError):  # shortened, a model that indexes its layers may not even run
                 self._is_short = self._simulator.is_additive = False
                 self._played = self._simulator.play(self._make_decisions, short=False)
         return self._played.model(shares, refresh_limit)
 
     def play_whole(self, policy: Sequence[float]) -> Prediction:
-        """Steps in which each block that is played keeps its own share, as they are: what ``model`` must equal."""
+        """Predicts steps in which each simulated block keeps its own share; ``model`` must predict the same.
+
+        All blocks must be simulated (``short=False``), since nothing is extrapolated.
+        """
         return self._played.play_whole(policy)
 
     @property
     def uncaptured(self) -> tuple[str, ...]:
-        """Blocks that run uncompiled."""
+        """Names of the blocks that run uncompiled."""
         return self._played.uncaptured
 
 

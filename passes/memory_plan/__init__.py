@@ -1,1 +1,1 @@
-"""Decisions about memory, made before anything is allocated."""
+"""Plans memory before anything is allocated."""

@@ -1,9 +1,10 @@
-"""Which share of its activations each block keeps: the fastest choice with which every moment of a step fits.
+"""Chooses the share of its activations that each block keeps: the fastest choice whose peak fits.
 
-The alternatives of a block are points of AOTAutograd's memory budget; what each saves, needs while it runs and costs in
-time comes from simulated steps. A moment holds what the blocks that have run forward have saved, what the running block
-needs, and the rest. Those are sums over 0/1 choices, so the choice is a mixed-integer linear program, solved exactly by
-HiGHS. The peak of a block is not monotone in its budget, so no alternative is left out beforehand.
+The alternatives of a block are points of AOTAutograd's memory budget. Simulated steps give the saved bytes, the bytes
+while the block runs, and the time of each. Live at an event are the bytes saved by the blocks that have run forward,
+the bytes of the running block, and the rest. All are sums over 0/1 choices, so the choice is a mixed-integer linear
+program, which HiGHS solves exactly. The peak of a block is not monotone in its budget, so no alternative is excluded
+beforehand.
 """
 
 import dataclasses
@@ -16,12 +17,12 @@ Choice = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class MomentBytes:
-    """One moment of a step.
+    """Bytes alive at one event of a step.
 
     Attributes:
-        saving: blocks whose saved activations are alive, each with their bytes by alternative.
-        running: the block that runs, None between blocks.
-        num_bytes: all other bytes that are alive, for each alternative of the running block; one entry without one.
+        saving: blocks whose saved activations are alive, each with its saved bytes by alternative.
+        running: the running block; None between blocks.
+        num_bytes: all other live bytes, by alternative of the running block; one entry if no block runs.
     """
 
     saving: tuple[tuple[int, tuple[int, ...]], ...]
@@ -31,22 +32,22 @@ class MomentBytes:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyProblem:
-    """The moments of a step, and what they and its duration depend on.
+    """The events of a step whose bytes must fit, and the time of each alternative.
 
     Attributes:
         seconds: time of each block's forward and backward, by block and alternative.
-        moments: what must fit.
+        moments: the events whose live bytes must fit.
     """
 
     seconds: tuple[tuple[float, ...], ...]
     moments: tuple[MomentBytes, ...]
 
     def peak(self, choice: Choice) -> int:
-        """Bytes of the highest moment under a choice of one alternative per block."""
+        """Returns the peak in bytes under a choice of one alternative per block."""
         return max((self._bytes(moment, choice) for moment in self.moments), default=0)
 
     def time(self, choice: Choice) -> float:
-        """Seconds that all blocks take under a choice."""
+        """Returns the seconds that all blocks take under a choice."""
         return sum(row[option] for row, option in zip(self.seconds, choice, strict=True))
 
     def _bytes(self, moment: MomentBytes, choice: Choice) -> int:
@@ -55,10 +56,10 @@ class PolicyProblem:
 
 
 def fastest_within(problem: PolicyProblem, limit_bytes: int) -> Choice | None:
-    """The choice of least time whose peak is at most ``limit_bytes``; None where there is none."""
+    """Returns the fastest choice whose peak is at most ``limit_bytes``; None if the solver gives none."""
     program = _Program(problem)
     limit = limit_bytes
-    # The solver's arithmetic is floating point: what it lets through by a hair is sent back with a lower limit.
+    # The solver works in floating point: if a choice slightly exceeds the limit, it runs again with a lower one.
     for _ in range(_MAX_NUM_CORRECTIONS):
         choice = program.solve(limit)
         if choice is None:
@@ -71,18 +72,18 @@ def fastest_within(problem: PolicyProblem, limit_bytes: int) -> Choice | None:
 
 
 def least_peak(problem: PolicyProblem) -> Choice:
-    """The choice of the lowest peak."""
+    """Returns the choice with the lowest peak."""
     choice = _Program(problem).solve(None)
     assert choice is not None, "without a limit any choice will do"
     return choice
 
 
 _MAX_NUM_CORRECTIONS = 8
-_SCALE = 1e4  # of the largest moment, so that the solver's tolerance of 1e-6 is far below what matters
+_SCALE = 1e4  # the scaled bytes of the largest event, so that the solver's tolerance of 1e-6 is negligible
 
 
 class _Program:
-    """The mixed-integer program: one 0/1 variable per block and alternative, and the peak as the last variable."""
+    """The mixed-integer program, with one 0/1 variable per block and alternative and the peak as the last variable."""
 
     def __init__(self, problem: PolicyProblem) -> None:
         self._sizes = [len(row) for row in problem.seconds]
@@ -95,8 +96,8 @@ class _Program:
         self._num_moments = len(problem.moments)
 
     def solve(self, limit_bytes: int | None) -> Choice | None:
-        """The fastest choice below a limit, or without a limit the one of the lowest peak."""
-        from scipy.optimize import Bounds, LinearConstraint, milp  # a fifth of a second, and most plans need no solver
+        """Returns the fastest choice within a limit, or None; without a limit the choice with the lowest peak."""
+        from scipy.optimize import Bounds, LinearConstraint, milp  # takes 0.2 s, and most plans need no solver
         from scipy.sparse import csr_array
 
         num_blocks = len(self._sizes)
@@ -133,7 +134,7 @@ class _Program:
         )
 
     def _entries(self, problem: PolicyProblem) -> tuple[list[int], list[int], list[float]]:
-        """One row per moment: its bytes less the peak, which must not be positive."""
+        """Returns sparse constraints, one row per event: its bytes minus the peak must not be positive."""
         rows: list[int] = []
         columns: list[int] = []
         values: list[float] = []
@@ -149,7 +150,7 @@ class _Program:
             if moment.running is not None:
                 add(number, moment.running, moment.num_bytes)
             else:
-                add(number, 0, moment.num_bytes * self._sizes[0])  # one of the first block's is always chosen
+                add(number, 0, moment.num_bytes * self._sizes[0])  # exactly one of the first block's is chosen
             rows.append(number)
             columns.append(self._num_variables - 1)
             values.append(-1.0)

@@ -1,4 +1,4 @@
-"""Which block of a model runs at each moment of a simulated step, and which have saved or left something."""
+"""Records which block runs at each event of a simulated step, and which blocks hold saved or leftover tensors."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from galore_fx.runtime.torch_private import in_backward, tree_leaves
 
 @dataclasses.dataclass
 class Call:
-    """One forward of a block and its backward, as numbers of the counter's events.
+    """One forward of a block and its backward, as event numbers of the counter.
 
     Attributes:
         block: index of the block.
-        number: how many calls of this block came before it in the step.
-        forward: its first event, and the first after it.
-        backward: the same of its backward; None where it has none.
-        settled: the first event after the forward and backward of the whole model.
-        graph: what its forward ran as.
+        number: number of earlier calls of this block in the step.
+        forward: first event of the forward, and first event after it.
+        backward: first event of the backward, and first event after it; None if there is no backward.
+        settled: first event after the forward and backward of the whole model; 0 before.
+        graph: graph that its forward ran.
     """
 
     block: int
@@ -33,13 +33,13 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What goes on at a moment; calls are given by their index in the step.
+    """State of all calls at an event; calls are given by their index in the step.
 
     Attributes:
-        running: the call that runs, None between blocks.
-        runs_backward: whether that is its backward.
-        saving: calls whose activations are saved: the forward is over and the backward has not begun.
-        done: calls that are over; what they have left, gradients or a cache, stays.
+        running: the running call; None between blocks.
+        runs_backward: whether the running call is in its backward.
+        saving: calls with saved activations: the forward is over and the backward has not begun.
+        done: finished calls; the gradients or the cache that they leave stay alive.
     """
 
     running: int | None
@@ -49,11 +49,11 @@ class Scene:
 
 
 class BlockCalls:
-    """Notes when blocks run.
+    """Records when blocks run.
 
     Args:
-        counter: the counter whose events are the clock.
-        graph: tells as what the last forward ran.
+        counter: the counter whose events serve as the clock.
+        graph: returns the graph that the last forward ran.
     """
 
     def __init__(self, counter: StorageCounter, graph: Callable[[], object]) -> None:
@@ -63,10 +63,10 @@ class BlockCalls:
         self._running: tuple[Call, int] | None = None
 
     def watch(self, block: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A forward that notes its calls; a backward begins when the gradient of an output is there."""
+        """Wraps a forward so that its calls are recorded; a backward begins when an output's gradient is ready."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if in_backward():  # a checkpoint recomputes: it is a part of the backward that runs
+            if in_backward():  # recomputation of a checkpoint, part of the running backward
                 return forward(*args, **kwargs)
             start = self._counter.now
             out = forward(*args, **kwargs)
@@ -87,13 +87,13 @@ class BlockCalls:
         return watched
 
     def settle(self) -> None:
-        """A forward and backward of the whole model is over."""
+        """Ends a forward and backward of the whole model."""
         self._end_backward()
         for call in self._calls:
             call.settled = call.settled or self._counter.now
 
     def take(self) -> list[Call]:
-        """The calls since it was last asked."""
+        """Returns and forgets the calls since the last ``take``."""
         taken, self._calls = self._calls, []
         return taken
 
@@ -105,7 +105,7 @@ class BlockCalls:
 
 
 def scene_at(calls: list[Call], moment: Moment) -> Scene:
-    """What goes on at a moment of a step with these calls."""
+    """Returns the state of these calls at an event of their step."""
     now, running, runs_backward = moment.number, None, False
     saving, done = [], []
     for index, call in enumerate(calls):

@@ -1,11 +1,11 @@
-"""Attention as a CUDA device runs it, in graphs that are traced on CPU tensors.
+"""Gives graphs that are traced on CPU tensors the attention kernels of a CUDA device.
 
-On a CPU torch keeps the whole attention matrix where there is dropout; CUDA's kernels never form it. Of all operations
-it is the one whose choice changes what a step takes, so a plan for CUDA takes CUDA's.
+With dropout, torch keeps the whole attention matrix on a CPU; CUDA's fused kernels never form it. Attention is the
+operation whose kernel changes the memory of a step, so a plan for CUDA uses CUDA's kernels.
 
 The choice and the workspaces follow torch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (order: flash,
 memory-efficient, math; conditions for compute capability 8.0 and above) and flash_attn/flash_api.cpp (``mha_bwd``).
-Not verified on a GPU; the memory-efficient kernel's own workspace is not known here and counts as none.
+They are not verified on a GPU. The workspace of the memory-efficient kernel is unknown and counts as 0.
 """
 
 import enum
@@ -22,7 +22,7 @@ _FLOAT_BYTES = 4
 
 
 class Kernel(enum.Enum):
-    """What runs a scaled dot-product attention."""
+    """Kernel of a scaled dot-product attention."""
 
     FLASH = "flash"
     EFFICIENT = "memory-efficient"
@@ -30,7 +30,7 @@ class Kernel(enum.Enum):
 
 
 def attention_of_cuda(gm: fx.GraphModule) -> None:
-    """Exchanges the attention in a graph of torch functions, in place, for what CUDA would run."""
+    """Replaces the attention in a graph of torch functions, in place, by the operations that CUDA would run."""
     for node in gm.graph.find_nodes(op="call_function", target=functional.scaled_dot_product_attention):
         node.target = _attention
     gm.recompile()
@@ -39,14 +39,14 @@ def attention_of_cuda(gm: fx.GraphModule) -> None:
 def choose_kernel(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, is_causal: bool
 ) -> Kernel:
-    """The kernel that torch takes on a CUDA device of compute capability 8.9.
+    """Returns the kernel that torch chooses on a CUDA device of compute capability 8.9.
 
     Args:
         query: (batch, heads, queries, head size).
         key, value: (batch, heads or fewer, keys, head size).
-        mask: added to the scores, or True where they count.
-        dropout: probability.
-        is_causal: each query sees the keys up to its own place.
+        mask: added to the scores, or boolean, True for scores that count; None for no mask.
+        dropout: dropout probability.
+        is_causal: whether each query attends only to keys up to its own position.
     """
     head = query.shape[-1]
     is_square = query.shape[-2] == key.shape[-2]
@@ -75,7 +75,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``scaled_dot_product_attention`` by the operation of the chosen kernel; on fake tensors only."""
+    """Computes ``scaled_dot_product_attention`` by the operation of the chosen kernel; fake tensors only."""
     if query.ndim != 4:
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -106,13 +106,13 @@ def _attention(
 
 
 def _padded(tensor: Tensor) -> Tensor:
-    """The head size rounded up to a multiple of 8, which flash attention needs."""
+    """Pads the head size to a multiple of 8, as flash attention requires."""
     missing = -tensor.shape[-1] % 8
     return functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def cuda_kernel_scratch_bytes(func: Any, args: Sequence[Any], _kwargs: Mapping[str, Any]) -> int:
-    """Bytes that an operation's CUDA kernel allocates besides its outputs, as far as they are known.
+    """Returns the bytes that an operation's CUDA kernel allocates besides its outputs; 0 if they are unknown.
 
     Args:
         func: an ``OpOverload``.

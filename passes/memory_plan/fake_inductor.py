@@ -1,10 +1,10 @@
-"""Inductor's own plan of a graph, without compiling it: lowered, scheduled, and its wrapper run on fake tensors.
+"""Simulates Inductor without compiling: lowers and schedules a graph and runs its wrapper on fake tensors.
 
-Which buffer is made when, and which is reused or freed, is decided by Inductor's scheduler and its memory planning; the
-Python wrapper that it generates says so line by line. Inside ``lowering_only`` that wrapper is run with kernels that do
-nothing and allocations that are fake. No C++ or Triton is compiled.
+Inductor's scheduler and memory planning decide when each buffer is allocated, reused and freed; the generated Python
+wrapper follows them line by line. Inside ``lowering_only`` it runs with empty kernels and fake allocations. No C++ or
+Triton is compiled.
 
-Everything here is private to Inductor (torch 2.11 to 2.13) and patched for the duration of the context only.
+The patched names are private to Inductor (torch 2.11 to 2.13); they are patched only within the context.
 """
 
 import contextlib
@@ -26,30 +26,30 @@ from galore_fx.passes.memory_plan.triton_schedule import KERNEL, scheduled_for_t
 
 @contextlib.contextmanager
 def lowering_only(on_kernel: Callable[[Sequence[Any]], None], *, for_cuda: bool) -> Iterator[None]:
-    """Within it, what Inductor compiles runs on fake tensors and can run on no others.
+    """Context in which graphs compiled by Inductor run on fake tensors, and only on those.
 
     Args:
-        on_kernel: called with the arguments of each kernel that would have run.
-        for_cuda: fused and scheduled as for an NVIDIA GPU.
+        on_kernel: called with the arguments of each kernel instead of running it.
+        for_cuda: whether graphs are fused and scheduled as for an NVIDIA GPU.
     """
     with (
         scheduled_for_triton() if for_cuda else contextlib.nullcontext(),
         mock.patch.object(GraphLowering, "compile_to_module", functools.partialmethod(_load_on_fakes, on_kernel)),
-        # The kernels are never built; asking which vector instructions there are would run the C++ compiler.
+        # The kernels are never built; the query for vector instructions would run the C++ compiler.
         mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", list),
-        # A hit in a cache would bring back a real kernel, and a fake one must not be left there.
+        # A cache hit would return a real kernel, and a fake kernel must not enter the cache.
         inductor_config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
         functorch_config.patch(
             enable_autograd_cache=False,
             enable_remote_autograd_cache=False,
-            force_non_lazy_backward_lowering=True,  # not inside the first backward, whose moments are counted
+            force_non_lazy_backward_lowering=True,  # not inside the first backward, whose events are counted
         ),
     ):
         yield
 
 
 def _load_on_fakes(graph: GraphLowering, on_kernel: Callable[[Sequence[Any]], None]) -> types.ModuleType:
-    """In place of ``compile_to_module``: the generated wrapper with fake allocations and without kernels."""
+    """Replaces ``compile_to_module``: loads the generated wrapper with fake allocations and without kernels."""
     code, _ = graph.codegen()
     source = code.value.replace("from torch._inductor.async_compile import AsyncCompile", "")
     module = types.ModuleType("galore_fx_wrapper_on_fakes")
@@ -68,7 +68,7 @@ def _load_on_fakes(graph: GraphLowering, on_kernel: Callable[[Sequence[Any]], No
 
 
 class _NoKernels:
-    """Stands for Inductor's ``AsyncCompile``: every kernel it is given becomes one that computes nothing."""
+    """Replaces Inductor's ``AsyncCompile``: every kernel becomes a call of ``on_kernel`` that computes nothing."""
 
     def __init__(self, on_kernel: Callable[[Sequence[Any]], None]) -> None:
         self._on_kernel = on_kernel
@@ -80,7 +80,7 @@ class _NoKernels:
         return lambda *_source, **_settings: self.run
 
     def run(self, *arguments: Any, **_settings: Any) -> None:
-        """One call of a kernel."""
+        """Reports one call of a kernel."""
         self._on_kernel(arguments)
 
 

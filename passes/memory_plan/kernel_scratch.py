@@ -1,8 +1,8 @@
-"""What library kernels allocate inside themselves, measured once per operation, shapes and dtypes on this machine.
+"""Measures the scratch memory of library kernels on this machine, once per operation, shapes and dtypes.
 
-A fake run sees a product's output and not the workspace that oneDNN takes for it in bfloat16, nor that of an attention
-kernel, nor the casts inside an elementwise operation of mixed dtypes. Each such operation is run once on real zeros of
-the same layout, its allocations counted, and the result kept for the process.
+A fake run sees the output of a matrix product but not oneDNN's workspace for it in bfloat16, nor the workspace of an
+attention kernel, nor the casts inside an elementwise operation of mixed dtypes. Each such operation runs once on real
+zeros of the same layout. Its allocations are counted and the result is cached for the process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from galore_fx.runtime.measure.meter import memory_timeline
 from galore_fx.runtime.torch_private import outside_all_modes, tree_map
 
-# Operands above this are not made to measure; such a kernel's scratch is then unknown and counts as none.
+# Operations with larger operands are not measured; their scratch is unknown and counts as 0.
 LARGEST_OPERANDS_BYTES = 2**30
 _OPERATIONS = (
     "aten::mm",
@@ -29,21 +29,21 @@ _OPERATIONS = (
     "aten::linalg_solve_triangular",
     "aten::linalg_cholesky_ex",
 )
-# These take minutes on large operands. Besides little else they copy their operand, which is then what counts.
+# These take minutes on large operands. Their scratch is little more than a copy of the operand, which is counted.
 LARGEST_FACTORISED_BYTES = 2**26
 _FACTORISATIONS = ("aten::_linalg_svd", "aten::linalg_qr", "aten::_linalg_eigh")
 _MEASURED: dict[object, int] = {}
 
 
 def kernel_scratch_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Bytes that an operation on the CPU allocates at most at once, besides its outputs.
+    """Returns the peak bytes that an operation on the CPU allocates besides its outputs.
 
     Args:
         func: an ``OpOverload``.
-        args, kwargs: its arguments; tensors may be fake, only their layout counts.
+        args, kwargs: its arguments; tensors may be fake, because only their layout counts.
 
     Returns:
-        0 for an operation that is neither a library kernel nor mixes dtypes, or is too large to be tried.
+        Bytes; 0 if the operation neither is a library kernel nor mixes dtypes, or is too large to be measured.
     """
     name = func.name().partition(".")[0]
     if name not in (*_OPERATIONS, *_FACTORISATIONS) and not _mixes_dtypes(func, args):
@@ -65,7 +65,7 @@ def kernel_scratch_bytes(func: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def _mixes_dtypes(func: Any, args: Sequence[Any]) -> bool:
-    """An elementwise operation casts operands of another dtype into temporaries."""
+    """Returns whether an operation is elementwise with mixed dtypes, so that it casts operands into temporaries."""
     if torch.Tag.pointwise not in getattr(func, "tags", ()):
         return False
     return len({value.dtype for value in args if isinstance(value, Tensor) and value.ndim}) > 1
@@ -79,7 +79,7 @@ def _measure(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
 
     with outside_all_modes(), torch.no_grad():
         real_args, real_kwargs = tree_map(real, list(args)), tree_map(real, dict(kwargs))
-        func(*real_args, **real_kwargs)  # what is allocated once and kept is not scratch
+        func(*real_args, **real_kwargs)  # warms up: memory that is allocated once and kept is not scratch
         outputs: list[Any] = []
         timeline = memory_timeline(lambda: outputs.append(func(*real_args, **real_kwargs)))
     return max(live for _, live in timeline) - timeline[-1][1]

@@ -1,4 +1,4 @@
-"""Rows of equal blocks in a model, and copies of the model in which such a row is short."""
+"""Detects rows of equal blocks in a model, and copies the model with these rows shortened."""
 
 import copy
 import itertools
@@ -10,17 +10,17 @@ from torch import nn
 
 from galore_fx.passes.model_graph.find_regions import Region
 
-_PLAYED = 3  # of a row: its first block, one that stands for all in the middle, its last
-# What tells the layers of one model apart and changes nothing in what they compute.
+_PLAYED = 3  # simulated blocks of a row: the first, a representative of all middle ones, the last
+# Attributes that number the layers of a model and do not change their computation.
 _POSITION = ("layer_idx", "layer_id", "layer_number", "layer_index", "idx", "index")
 
 
 def stand_ins(model: nn.Module, regions: Sequence[Region]) -> tuple[tuple[int, ...], ...]:
-    """The blocks to play, in order; for each the blocks that it stands for, itself among them.
+    """Groups the blocks by their representative, in order; the first block of each group is simulated for all of it.
 
-    A row is a run of neighbours in one ``nn.ModuleList`` that are equal but for their place and share no parameter.
-    Of a row longer than three the first, the second and the last are played, and the second stands for all between.
-    A model whose configuration gives its layers different types may look them up by place: all its blocks are played.
+    A row is a run of neighbours in one ``nn.ModuleList`` that differ only in their position and share no parameter. Of
+    a row longer than three, the first, the second and the last are simulated; the second represents all in the middle.
+    If the configuration gives layers different types, which a model may look up by position, all blocks are simulated.
     """
     if any(len(set(types)) > 1 for types in _layer_types(model)):
         return tuple((block,) for block in range(len(regions)))
@@ -32,7 +32,7 @@ def stand_ins(model: nn.Module, regions: Sequence[Region]) -> tuple[tuple[int, .
     for number, region in enumerate(regions):
         shared = any(users[id(p)] > 1 for p in region.module.parameters())
         owner, _, place = region.name.rpartition(".")
-        # Equal for neighbours in a list only: what stands between two blocks of a row would belong to neither.
+        # Equal only for neighbours in a list: a module between two blocks of a row would belong to neither.
         distance = int(place) - number if place.isdigit() else None
         kinds.append((owner, distance, region.name if shared else _kind(region.module)))
     members: list[tuple[int, ...]] = []
@@ -48,7 +48,7 @@ def stand_ins(model: nn.Module, regions: Sequence[Region]) -> tuple[tuple[int, .
 def short_lists(
     model: nn.Module, regions: Sequence[Region], members: Sequence[Sequence[int]]
 ) -> dict[int, nn.ModuleList]:
-    """For each list with a row that is cut short, by the list's id, a list of the modules that stay."""
+    """Returns a list of the remaining modules for each list with a shortened row, by the id of the original list."""
     left_out = {regions[block].name for blocks in members for block in blocks[1:]}
     cut: dict[int, nn.ModuleList] = {}
     for owner in {_owner(name) for name in left_out}:
@@ -59,7 +59,7 @@ def short_lists(
 
 
 def deepcopy_short(model: nn.Module, cut: dict[int, nn.ModuleList]) -> nn.Module:
-    """A deep copy in which the lists of ``short_lists`` take the place of those that they were made from."""
+    """Returns a deep copy of the model in which the lists from ``short_lists`` replace the original ones."""
     memo: dict[int, Any] = {}
     for key, short in cut.items():
         copied = nn.ModuleList()
@@ -83,14 +83,16 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 
 def _description(value: object) -> object:
-    """Equal for equal values; an object of another kind is equal to itself only, as a shared configuration is."""
+    """Returns a key: equal for equal plain values; the identity of other objects, such as a shared configuration."""
     plain = isinstance(value, int | float | str | bool | tuple | list | dict | torch.dtype | torch.Size | None)
     return repr(value) if plain else id(value)
 
 
 def _kind(module: nn.Module) -> tuple[object, ...]:
-    """What a block is, but for its place. Blocks of two kinds may compute the same; of one kind they do, unless their
-    forward asks for their place; the simulation sees that they then have different graphs.
+    """Describes a block except for its position.
+
+    Blocks of one kind compute the same, unless their forward reads their position; the simulation then detects
+    different graphs. Blocks of different kinds may compute the same.
     """
     described: list[object] = []
     for name, child in module.named_modules():

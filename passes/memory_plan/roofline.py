@@ -1,6 +1,7 @@
-"""How long an operation takes at least: its arithmetic at the device's rate, or its bytes at the memory's.
+"""Bounds the time of an operation from below: its arithmetic at the device's rate, or its bytes at the memory's.
 
-For ranking alternatives of one model on one device, and the shares of a step; no promise of seconds.
+The bound serves to rank alternatives of one model on one device, and for the shares of a step. It does not predict
+seconds.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from galore_fx.runtime.torch_private import outside_all_modes, tree_leaves
 _MADE_NOT_FILLED = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
 _LOGGER = logging.getLogger(__name__)
 # Every scaled dot-product attention, forward (query, key, value, ...) and backward (gradient, query, key, value, ...).
-# torch's own formulas know none of the CPU's, and those of torch 2.11 refuse keys of fewer heads than the queries.
+# torch has no formulas for the CPU kernels, and in torch 2.11 its formulas reject keys with fewer heads than queries.
 _ATTENTIONS = frozenset(
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
     for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -32,12 +33,12 @@ _ATTENTIONS_BACKWARD = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """A device's rates.
+    """Rates of a device.
 
     Attributes:
-        flops: floating-point operations per second of a matrix product, by dtype.
-        bytes_per_second: of its memory.
-        source: where the numbers are from.
+        flops: floating-point operations per second of a matrix product, by dtype; float32's for other dtypes.
+        bytes_per_second: memory bandwidth.
+        source: source of the numbers.
     """
 
     flops: Mapping[torch.dtype, float]
@@ -45,21 +46,21 @@ class Roofline:
     source: str
 
     def seconds(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
-        """The bound for one ``OpOverload``; 0 for a view or an allocation. Tensors may be fake."""
+        """Returns the bound for one ``OpOverload`` in seconds; 0 for a view or an allocation. Tensors may be fake."""
         if getattr(func, "is_view", False) or func.name().partition(".")[0] in _MADE_NOT_FILLED:
             return 0.0
         tensors = [value for value in (*args, *kwargs.values(), out) if isinstance(value, Tensor)]
         return max(self._arithmetic(func, args, kwargs, out), self.transfer(tensors))
 
     def transfer(self, tensors: Sequence[Any]) -> float:
-        """Seconds in which the memory moves all of some tensors once."""
+        """Returns the seconds in which the memory moves these tensors once."""
         return sum(value.nbytes for value in tensors if isinstance(value, Tensor)) / self.bytes_per_second
 
     def _arithmetic(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
         try:
             flops = _num_flops(func.overloadpacket, args, kwargs, out)
         except Exception as error:
-            # A time only ranks plans: where a formula fails, the bytes alone are counted.
+            # Times only rank plans: if a formula fails, only the bytes count.
             _note_unknown(func.name(), f"{type(error).__name__}: {error}")
             return 0.0
         if not flops:
@@ -69,7 +70,7 @@ class Roofline:
 
 
 def _num_flops(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
-    """Floating-point operations of an operation's products; 0 where it has none."""
+    """Returns the floating-point operations of an operation's matrix products; 0 if it has none."""
     if packet in _ATTENTIONS:
         return attention_flops(*args[:3])
     if packet in _ATTENTIONS_BACKWARD:
@@ -80,12 +81,12 @@ def _num_flops(packet: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out:
 
 
 def attention_flops(query: Tensor, key: Tensor, value: Tensor, *, backward: bool = False) -> float:
-    """Operations of a scaled dot-product attention's products; a causal mask is not taken into account.
+    """Returns the floating-point operations of an attention's matrix products; ignores a causal mask.
 
     Args:
         query: (batch, heads, queries, head size).
         key, value: (batch, heads or fewer, keys, head size).
-        backward: of the gradients of all three; the scores are computed again.
+        backward: whether to count the gradients of all three and the recomputed scores instead.
     """
     batch, num_heads, num_queries, head = query.shape
     num_keys, value_head = value.shape[2], value.shape[3]
@@ -107,7 +108,7 @@ RTX_4090 = Roofline(
 
 @functools.cache
 def this_cpu() -> Roofline:
-    """The rates of this machine's CPU: the best of three 512 x 512 products and of three copies of 64 MB."""
+    """Measures the rates of this CPU: the best of three 512 x 512 products and of three copies of 64 MiB."""
     flops = {dtype: 2 * 512**3 / _best(_product(dtype)) for dtype in (torch.float32, torch.bfloat16)}
     source, target = torch.ones(2**24), torch.empty(2**24)
     bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))

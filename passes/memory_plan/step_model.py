@@ -1,12 +1,12 @@
-"""A whole step as sums of what its blocks take, from steps of a model of a few blocks.
+"""Models the memory and time of a whole step as sums over its blocks, from simulated steps of a short model.
 
-    one moment = persistent + saved by the blocks that wait for their backward
-               + left by the blocks that are over (gradients; in evaluation the cache) + the rest
+    live bytes at an event = persistent + saved by the blocks that wait for their backward
+                           + left by finished blocks (gradients; in evaluation the cache) + the rest
 
-In a row of equal blocks the rest does not depend on which of them runs: what the second block of a short row takes, all
-but the first and last of a long one take. So steps of three equal blocks, played once per share of activations that a
-block may keep, give the moments of a step of any number of blocks under any policy. Equal to the byte to a step of all
-blocks played as a whole (tests/test_planner.py).
+In a row of equal blocks the rest does not depend on which block runs. The second block of a short row takes the same as
+every block of a long row except the first and the last. So steps of three equal blocks, simulated once per share of
+activations that a block may keep, give the events of a step of any number of blocks under any policy. The result equals
+a simulation of all blocks to the byte (tests/test_planner.py).
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ Sizes = dict[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class PlayedCall:
-    """One call of a block in a played step.
+    """One call of a block in a simulated step.
 
     Attributes:
-        block: index of the played block.
-        number: how many calls of this block came before it in the step.
-        saves: whether it waits for a backward.
-        saved: bytes by category that its forward makes and that are alive when the first backward of a block begins.
-        left: bytes by category that stay when all blocks are over.
+        block: index of the simulated block.
+        number: number of earlier calls of this block in the step.
+        saves: whether the call has a backward.
+        saved: bytes by category that its forward allocates and that live when the first backward of a block begins.
+        left: bytes by category that stay alive when all blocks are finished.
         seconds: its time by phase.
     """
 
@@ -43,12 +43,12 @@ class PlayedCall:
 
 @dataclasses.dataclass(frozen=True)
 class PlayedScene:
-    """The highest moment of a scene.
+    """The highest event of a phase with the same state of all calls.
 
     Attributes:
         phase: forward, backward, update, refresh or eval.
-        scene: what goes on.
-        rest: bytes by category, without what is persistent, saved or left.
+        scene: the state of all calls.
+        rest: bytes by category, without persistent, saved and left bytes.
     """
 
     phase: str
@@ -58,13 +58,13 @@ class PlayedScene:
 
 @dataclasses.dataclass(frozen=True)
 class PlayedStep:
-    """One step of the short model.
+    """One simulated step of the short model.
 
     Attributes:
         name: "", "refreshing " or "eval".
-        calls: of its blocks.
-        scenes: in the order of time.
-        seconds: time by phase of all that is no block.
+        calls: calls of its blocks.
+        scenes: its states with their highest events, in temporal order.
+        seconds: time outside blocks by phase.
     """
 
     name: str
@@ -81,13 +81,13 @@ def played_step(
     left: Sequence[Sizes],
     costs: Sequence[tuple[int, str, float]],
 ) -> PlayedStep:
-    """Sorts the moments of a played step by what goes on.
+    """Groups the events of a simulated step by phase and state of the calls, and keeps the highest of each group.
 
     Args:
-        name: of the step.
-        calls: of blocks.
-        moments: after each event.
-        saved, left: for each call bytes by category.
+        name: name of the step.
+        calls: calls of blocks.
+        moments: live bytes after each event.
+        saved, left: bytes by category for each call.
         costs: (event, phase, seconds) of each operation.
     """
     highest: dict[tuple[str, Scene], Sizes] = {}
@@ -118,7 +118,7 @@ def _covers(call: Call, number: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Moment:
-    """One moment of the whole step; bytes by alternative where they depend on it."""
+    """One event of the whole step; ``rest`` and saved bytes are by alternative."""
 
     phase: str
     running: int | None
@@ -132,15 +132,18 @@ class _Moment:
 
 
 class StepModel:
-    """Steps of a model of any number of blocks.
+    """Steps of a model with any number of blocks.
+
+    Attributes:
+        shares: the alternatives: shares of activations that a block may keep.
 
     Args:
-        played: steps of the short model, for each share of activations that its blocks have kept; equally many for
-            each, in the same order.
-        members: for each block of the short model the blocks that it stands for.
+        played: steps of the short model by the share of activations that its blocks keep; the same steps in the same
+            order for each share.
+        members: for each block of the short model, the blocks that it represents.
         persistent: bytes by category that live through the whole step.
-        update_scale: elements of all parameters over those of the short model's.
-        refresh_limit: how many blocks may renew their bases in the same step, None for all, as they do when played.
+        update_scale: elements of all parameters divided by the elements of the short model's.
+        refresh_limit: most blocks that refresh in one step; None for all, as in the simulated steps.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class StepModel:
         self._moments = [moment for index in range(len(played[self.shares[0]])) for moment in self._expand(index)]
 
     def problem(self) -> PolicyProblem:
-        """The choice of a share for each block; alternatives are numbered as ``shares``."""
+        """Returns the problem of choosing a share for each block; alternatives are indices of ``shares``."""
         kept = sum(self._persistent.values())
         seconds = [
             tuple(sum(self._block_seconds(block, share).values()) for share in self.shares)
@@ -174,7 +177,12 @@ class StepModel:
         return PolicyProblem(tuple(seconds), tuple(moments))
 
     def prediction(self, choice: Sequence[int], uncaptured: tuple[str, ...]) -> Prediction:
-        """Peak, phases, categories and times under a choice of one alternative per block."""
+        """Predicts peak, phases, categories and times under a choice of one alternative per block.
+
+        Args:
+            choice: an index of ``shares`` for each block.
+            uncaptured: names of the blocks that run uncompiled.
+        """
         kept = sum(self._persistent.values())
         phases, peak, categories = {"load": kept}, kept, dict(self._persistent)
         timeline = []
@@ -192,7 +200,7 @@ class StepModel:
         )
 
     def _seconds(self, choice: Sequence[int]) -> dict[str, float]:
-        """Of a steady step, by phase; what a backward takes above that of the fastest share is recomputation."""
+        """Returns the seconds of a steady step by phase; backward time above the fastest share's is recomputation."""
         steady = self._played[self.shares[0]][_STEADY]
         found = dict(steady.seconds)
         if "update" in found:
@@ -217,7 +225,7 @@ class StepModel:
         return found
 
     def _expand(self, index: int) -> Iterator[_Moment]:
-        """The moments of one step, each scene once for every block that the running one stands for."""
+        """Yields the events of one step, each simulated one once for every block that the running block represents."""
         steps, steady = self._steps(index), self._steps(_STEADY)
         rests, steady_rests = _rests(steps), _rests(steady)
         is_limited = self._refresh_limit is not None and index == _REFRESHING
@@ -240,20 +248,20 @@ class StepModel:
                 others = _costliest(found, steps, steady)
                 at_once = self._refresh_limit - (block is not None)
                 yield _moment(name, steps, found, rest, steady, {block, *others[:at_once]})
-                if block is not None and key in steady_rests[0]:  # it is not its turn, but that of others
+                if block is not None and key in steady_rests[0]:  # this block is steady while others refresh
                     rest_of_steady = tuple(rest.get(key, {}) for rest in steady_rests)
                     yield _moment(name, steps, found, rest_of_steady, steady, {*others[: self._refresh_limit]})
 
     def _steps(self, index: int) -> list[PlayedStep]:
-        """One step, for each share."""
+        """Returns one step for each share."""
         return [self._played[share][index] for share in self.shares]
 
     def _scene_of_blocks(self, calls: Sequence[PlayedCall], scene: Scene, running: int | None) -> "_BlockScene":
-        """What is saved and left while a block runs of those that the scene's running one stands for."""
+        """Returns the state of the whole model while ``running`` runs, a block that the simulated one represents."""
         saving = [(call, block) for call in scene.saving for block in self._members[calls[call].block]]
         done = [(call, block) for call in scene.done for block in self._members[calls[call].block]]
         if scene.running is not None and running is not None:
-            # Of the blocks that the running one stands for, those before it have run forward, those behind it backward.
+            # In the row of the running block, earlier blocks have run forward; in a backward, later ones are finished.
             others = self._members[calls[scene.running].block]
             before = [(scene.running, block) for block in others if block < running]
             (saving if calls[scene.running].saves else done).extend(before)
@@ -264,12 +272,12 @@ class StepModel:
 
 @dataclasses.dataclass(frozen=True)
 class _BlockScene:
-    """A scene in terms of the whole model's blocks.
+    """The state of all calls in terms of the whole model's blocks.
 
     Attributes:
-        running: the block that runs.
-        saving: calls, by their number in the played step, whose saved bytes are alive, and the block of each.
-        done: calls that are over.
+        running: the running block; None between blocks.
+        saving: calls with live saved bytes: (index in the simulated step, block).
+        done: finished calls, likewise.
     """
 
     running: int | None
@@ -285,15 +293,15 @@ def _moment(
     steady: Sequence[PlayedStep] = (),
     renewed: Collection[int | None] = (),
 ) -> _Moment:
-    """A moment of a step.
+    """Builds an event of the whole step.
 
     Args:
-        phase: its name.
-        steps: for each share the step.
-        scene: what goes on.
-        rest: for each share all that belongs to no other block.
-        steady: where given, what blocks take that are not among ``renewed``.
-        renewed: blocks whose bases are renewed.
+        phase: name of the phase.
+        steps: the step for each share.
+        scene: the state of all calls.
+        rest: bytes that are neither persistent, saved nor left, for each share.
+        steady: the steady step for each share, for blocks not in ``renewed``; () if all blocks follow ``steps``.
+        renewed: blocks that refresh.
     """
 
     def of(block: int) -> Sequence[PlayedStep]:
@@ -305,7 +313,7 @@ def _moment(
 
 
 def _costliest(scene: _BlockScene, steps: Sequence[PlayedStep], steady: Sequence[PlayedStep]) -> list[int]:
-    """The blocks other than the running one, those first that take most more when their bases are renewed."""
+    """Returns the other blocks whose refresh takes more memory than a steady step, by the difference, highest first."""
     more: dict[int, int] = {}
     for call, block in scene.saving:
         pairs = zip(steps, steady, strict=True)
@@ -325,7 +333,7 @@ def _size(sizes: Sizes) -> int:
     return sum(sizes.values())
 
 
-_STEADY, _REFRESHING = 0, 1  # positions of the played steps
+_STEADY, _REFRESHING = 0, 1  # positions of the simulated steps
 
 
 def _total(added: Sequence[Sizes], taken: Sequence[Sizes] = ()) -> Sizes:

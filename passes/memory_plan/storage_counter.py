@@ -1,6 +1,6 @@
-"""Counts the storages of fake tensors as they are made and freed, and says what each was for.
+"""Counts the storages of fake tensors as they are allocated and freed, each under a category.
 
-A storage lives from the operation that made it until the last tensor on it is gone, which on fake tensors happens at
+A storage lives from the operation that allocates it until its last tensor is deleted. With fake tensors that happens at
 the same line of the same Python code as in the real run.
 """
 
@@ -33,11 +33,11 @@ class Allocation:
 
     Attributes:
         num_bytes: its size.
+        phase: phase of the step in which it was allocated.
+        category: its use, such as "activations" or "workspace".
+        made: number of the event that allocated it.
+        freed: number of the event that freed it; None while it lives.
         padding: bytes that the allocator adds to it.
-        phase: the phase in which it was made.
-        category: what it is for.
-        made: number of the event that made it.
-        freed: number of the event that freed it, None while it lives.
     """
 
     num_bytes: int
@@ -50,7 +50,13 @@ class Allocation:
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-    """Bytes alive after one event, by category, and the phase it belongs to."""
+    """Bytes alive after one event.
+
+    Attributes:
+        phase: phase of the event.
+        categories: bytes by category.
+        number: number of the event.
+    """
 
     phase: str
     categories: dict[str, int]
@@ -58,17 +64,21 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """Bytes alive."""
+        """Total bytes alive."""
         return sum(self.categories.values())
 
 
 class StorageCounter(TorchDispatchMode):
-    """While active, follows every storage that an operation on fake tensors makes.
+    """While active, tracks every storage that an operation on fake tensors allocates.
+
+    Attributes:
+        costs: (event number, phase, seconds) of each operation.
+        allocations: all storages since the last ``forget``.
 
     Args:
-        scratch: bytes that an operation takes for its own duration, from itself and its arguments.
-        cost: seconds that an operation takes, from itself, its arguments and what it returns.
-        granularity: allocations are multiples of so many bytes.
+        scratch: returns the bytes that an operation uses while it runs, from the operation and its arguments.
+        cost: returns the seconds that an operation takes, from the operation, its arguments and its result.
+        granularity: allocations are rounded up to multiples of this many bytes.
     """
 
     def __init__(self, scratch: Scratch | None = None, cost: Cost | None = None, granularity: int = 1) -> None:
@@ -77,7 +87,7 @@ class StorageCounter(TorchDispatchMode):
         self._scratch = scratch
         self._cost = cost
         self.costs: list[tuple[int, str, float]] = []
-        self._weight = 1  # how many times what happens now happens
+        self._weight = 1  # number of executions that each operation now represents
         self._own: list[tuple[int, ...]] | _Unknown | None = None
         self.allocations: list[Allocation] = []
         self._alive: dict[int, tuple[Any, Allocation]] = {}
@@ -86,13 +96,13 @@ class StorageCounter(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Dynamo compiles under this mode instead of skipping the frame."""
+        """Returns True, so that Dynamo compiles under this mode instead of skipping the frame."""
         return True
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the operation and notes the storages of what it returns."""
+        """Runs the operation and records the storages of its results, its scratch and its time."""
         if func is torch.ops.aten.add.Tensor and _from_the_engine(sys._getframe(1)):
             summed = self._summed_in_place(*args)
             if summed is not None:
@@ -111,24 +121,23 @@ class StorageCounter(TorchDispatchMode):
         return out
 
     def spend(self, seconds: float) -> None:
-        """Notes time that passes now."""
+        """Records time that passes in the current phase."""
         if seconds:
             self.costs.append((len(self._phases), self._phase, seconds * self._weight))
 
     def repeat(self, weight: int) -> None:
-        """What happens from now on takes its time so many times."""
+        """Counts the time of the following operations ``weight`` times."""
         self._weight = weight
 
     def forget(self) -> None:
-        """Drops what happened up to now; what is alive stays known."""
+        """Drops the records of all events so far; live storages stay tracked."""
         self.allocations, self.costs = [], []
 
     def learn_sums(self) -> None:
-        """Learns how a gradient looks that nobody but the engine holds; called once, with the mode active.
+        """Learns the reference counts of a gradient that only the engine holds; called once, with the mode active.
 
-        The engine adds two gradients of one tensor into either of them where it holds the only reference, but not
-        under a mode. How many references there are besides its own is the mode's doing, so a sum of two gradients that
-        are known to be its own is looked at.
+        The engine adds two gradients of one tensor in place if it holds the only reference, but not under a mode. The
+        mode adds references of its own, so the counts are read from a sum of gradients that only the engine holds.
         """
         x = torch.zeros(2, requires_grad=True)
         self._own = _Unknown()
@@ -145,7 +154,7 @@ class StorageCounter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def within(self, phase: str, category: str) -> Iterator[None]:
-        """What is made inside belongs to this phase and, unless something else claims it, to this category."""
+        """Context in which allocations belong to this phase and, unless claimed otherwise, to this category."""
         before = self._phase, self._category
         self._phase, self._category = phase, category
         try:
@@ -155,7 +164,7 @@ class StorageCounter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def category(self, category: str) -> Iterator[None]:
-        """What is made inside belongs to this category, in whichever phase."""
+        """Context in which allocations belong to this category; the phase does not change."""
         with self.within(self._phase, category):
             yield
 
@@ -165,14 +174,14 @@ class StorageCounter(TorchDispatchMode):
         return len(self._phases)
 
     def claim(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Says what tensors are for that were made without knowing."""
+        """Moves the storages of existing tensors to this category."""
         for tensor in tensors:
             found = self._alive.get(id(tensor.untyped_storage()))
             if found is not None:
                 found[1].category = category
 
     def moments(self, start: int, end: int) -> list[Moment]:
-        """What was alive after each event of a window, of all that was made inside the window."""
+        """Returns the bytes alive after each event in [start, end), of all storages allocated in this span."""
         changes: list[tuple[int, Allocation, int]] = []
         for allocation in self.allocations:
             if start <= allocation.made < end:
@@ -187,7 +196,7 @@ class StorageCounter(TorchDispatchMode):
         return found
 
     def alive_at(self, end: int, made: tuple[int, int]) -> dict[str, int]:
-        """Bytes by category, of what was made in a span of events, that are alive before event ``end``."""
+        """Returns bytes by category of storages allocated in the event span ``made`` and alive before event ``end``."""
         found: dict[str, int] = {}
         for a in self.allocations:
             if made[0] <= a.made < made[1] and (a.freed is None or a.freed >= end):
@@ -225,11 +234,11 @@ def _add(sizes: dict[str, int], allocation: Allocation, sign: int) -> None:
 
 
 class _Unknown:
-    """In the place of what is being learnt."""
+    """Marks reference counts that are being learnt."""
 
 
 class _Fresh(torch.autograd.Function):
-    """Its gradient is a new tensor."""
+    """A function whose gradient is a new tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -245,7 +254,7 @@ def _references(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _from_the_engine(frame: types.FrameType | None) -> bool:
-    """Whether the nearest frames, which are torch's wrappers of a mode, lead straight to autograd's engine."""
+    """Returns whether the nearest frames, torch's wrappers of a mode, were called directly by autograd's engine."""
     for _ in range(_NUM_WRAPPERS):
         if frame is None:
             return False

@@ -1,11 +1,11 @@
-"""Inductor's schedule for an NVIDIA GPU, on a machine that has none.
+"""Makes Inductor schedule for an NVIDIA GPU on a machine without one.
 
-Inductor can hand the CPU's graphs to its Triton backend (``cpu_backend``). Its scheduler then fuses, splits reductions
-and places workspaces as for a GPU, on ordinary CPU tensors; neither Triton nor a CUDA build of torch is needed, since
-the text of the kernels is never written. The questions that the scheduler asks the device itself are answered as an
-RTX 4090 would.
+Inductor can pass CPU graphs to its Triton backend (``cpu_backend``). Its scheduler then fuses, splits reductions and
+places workspaces as for a GPU, on ordinary CPU tensors. Neither Triton nor a CUDA build of torch is needed, because the
+source of the kernels is never generated. The scheduler reads the device properties of an RTX 4090.
 
-Private to Inductor (torch 2.11 to 2.13), patched for the duration of the context only. Not verified on a GPU.
+The patched names are private to Inductor (torch 2.11 to 2.13); they are patched only within the context. Not verified
+on a GPU.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _RTX_4090 = DeviceProperties(
 
 @contextlib.contextmanager
 def scheduled_for_triton() -> Iterator[None]:
-    """Within it, Inductor lowers CPU graphs as it would for CUDA; their wrappers call ``KERNEL`` for each kernel."""
+    """Context in which Inductor lowers CPU graphs as for CUDA; their wrappers call ``KERNEL`` for each kernel."""
     with (
         inductor_config.patch(cpu_backend="triton"),
         mock.patch.object(TritonKernel, "codegen_kernel", lambda *_args, **_settings: ""),
@@ -48,7 +48,7 @@ def scheduled_for_triton() -> Iterator[None]:
 
 
 def _call_kernel(kernel: TritonKernel, _name: str, _node: Any = None, deallocate_ws: bool = True) -> None:
-    """In place of ``TritonKernel.call_kernel``: the same workspaces around a call that any Python object can take."""
+    """Replaces ``TritonKernel.call_kernel``: writes the same workspaces around a plain Python call of ``KERNEL``."""
     wrapper: Any = V.graph.wrapper_code
     arguments = kernel.args.python_argdefs()[1]
     for workspace in kernel.args.workspace_args:

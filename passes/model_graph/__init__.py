@@ -1,1 +1,1 @@
-"""Passes over one region of the model, at the level of torch functions, before AOTAutograd."""
+"""Passes over the graph of one region, at the level of torch functions, before AOTAutograd."""

@@ -1,12 +1,12 @@
-"""Pass: linear head + cross-entropy become one operation that never forms the logits.
+"""Pass: fuses a linear head and its cross-entropy into one operation that never forms the full logits.
 
     before   logits = linear(x, W, b);  loss = cross_entropy(view(float(logits)), y);   return loss, logits
     after    loss = linear_cross_entropy(x, W, b, y);                                    return loss, None
 
-requires  the graph of what follows the last block, as Dynamo gives it.
-ensures   unchanged where something other than the loss reads the logits, or where the loss is another one (class
-          weights, label smoothing, soft-capped logits, ...); the logits are then formed as the model says. What a model
-          reads after a graph break cannot be seen here: logits read there are None, and want keep_logits=True.
+requires  Dynamo's graph of the part after the last block.
+ensures   unchanged if anything but the loss reads the logits, or if the loss differs (class weights, label smoothing,
+          soft-capped logits, ...); the model then forms its logits. Reads after a graph break are not visible here:
+          they get None for the logits, and need keep_logits=True.
 """
 
 import inspect
@@ -27,7 +27,7 @@ _PLAIN_SETTINGS = {"weight": None, "size_average": None, "reduce": None, "label_
 
 
 def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
-    """Rewrites the heads of ``gm`` (in place) whose logits only the loss reads."""
+    """Fuses, in place, the heads of ``gm`` whose logits only the loss reads; returns ``gm``."""
     output = next(node for node in gm.graph.nodes if node.op == "output")
     count = logits_bytes = chunk_bytes = 0
     for site in find_linears(gm):
@@ -52,7 +52,7 @@ def chunk_loss(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.Graph
 
 
 def _loss_of(logits: fx.Node, output: fx.Node) -> fx.Node | None:
-    """The one cross-entropy that reads the logits, if besides the graph's output nothing else does."""
+    """Returns the cross-entropy that reads the logits, if it is their only reader besides the graph's output."""
     forms = _same_values(logits)
     readers = {user for form in forms for user in form.users} - forms - {output}
     if len(readers) != 1:
@@ -67,14 +67,14 @@ def _loss_of(logits: fx.Node, output: fx.Node) -> fx.Node | None:
 
 
 def _loss_arguments(loss: fx.Node) -> dict[str, Any]:
-    """All arguments of a call of ``F.cross_entropy`` by name."""
+    """Returns all arguments of a call of ``F.cross_entropy`` by name, with defaults."""
     bound = _SIGNATURE.bind(*loss.args, **loss.kwargs)
     bound.apply_defaults()
     return dict(bound.arguments)
 
 
 def _one_row_per_target(logits: fx.Node, given: Mapping[str, Any]) -> bool:
-    """Whether the loss reads rows of whole logits against class indices, and not another view of them."""
+    """Returns whether the loss compares rows of the full logits with class indices, not another view of them."""
     rows, target, whole = (_example(n) for n in (given["input"], given["target"], logits))
     if rows is None or target is None or whole is None:
         return False
@@ -88,7 +88,7 @@ def _example(value: object) -> torch.Tensor | None:
 
 
 def _bytes(node: fx.Node) -> int:
-    """Bytes of a node's value for the sizes that Dynamo saw."""
+    """Returns the bytes of a node's value at the captured sizes."""
     example = _example(node)
     assert example is not None, "the loss has looked at its sizes"
     return (
@@ -97,7 +97,7 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _same_values(logits: fx.Node) -> set[fx.Node]:
-    """The logits and their copies in other shapes or float32."""
+    """Returns the logits and their copies in another shape or in float32."""
     forms = {logits}
     for node in logits.graph.nodes:
         reshaped = node.op == "call_method" and node.target in ("float", "view", "reshape", "contiguous")

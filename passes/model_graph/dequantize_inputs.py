@@ -1,18 +1,18 @@
-"""Pass: weights and bases that are stored as codes are dequantised where they are read, and again in the backward.
+"""Pass: dequantises weights and bases that are stored as codes at each read, and again in the backward.
 
     before   W, x                      linear(x, W)
     after    codes, x, scales, zeros   linear(x, dequantize(codes, scales, zeros))
                                        meta["recompute"] = MUST_RECOMPUTE
 
-Without the mark the partitioner would save the dequantised weight of every layer for the backward, which is the whole
-model in its wide form. With it each lives for one product, forward and backward.
+Without the mark the partitioner would save the dequantised weight of every layer for the backward, the whole model in
+its wide dtype. With it each dequantised weight lives for one product, in the forward and in the backward.
 
-A weight that wants its full gradient gets a leaf besides: a zero without storage that is added to it, whose gradient
-is the weight's.
+A weight that needs its full gradient also gets a leaf: a zero without storage that is added to the dequantised weight,
+so the leaf's gradient is the gradient of the weight.
 
 requires  the stored tensors are placeholders.
-ensures   their placeholders stand for the codes; scales, zeros and leaf of each target follow all others, in the order
-          of ``targets``.
+ensures   their placeholders receive the codes; scales, zeros and leaf of each target follow all other placeholders, in
+          the order of ``targets``.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from galore_fx.passes.pass_runner import Effect, note_effect
 from galore_fx.runtime.formats.groupwise import dequantize
 from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
 
-# The partitioner saves what a later checkpoint reads of an earlier one; these belong to none.
+# The partitioner saves values that one checkpoint reads from an earlier one; these nodes belong to no checkpoint.
 _NO_CHECKPOINT = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredInput:
-    """A placeholder that a quantised tensor comes in through.
+    """A placeholder for a quantised tensor.
 
     Attributes:
-        placeholder: its index.
-        tensor: an example.
-        leaf: an example of the leaf that takes its gradient, None where none is wanted.
+        placeholder: index of the placeholder.
+        tensor: example of the quantised tensor.
+        leaf: example of the leaf that receives the gradient; None if no gradient is needed.
     """
 
     placeholder: int
@@ -47,14 +47,14 @@ class StoredInput:
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
-        """What the graph takes in its place: codes in the same position, the rest after all other inputs."""
+        """The inputs that replace the tensor: codes in its position, all others after the other inputs."""
         return (*self.tensor.parts, self.leaf) if self.leaf is not None else self.tensor.parts
 
 
 def dequantize_inputs(
     gm: fx.GraphModule, example_inputs: Sequence[object], *, targets: Sequence[StoredInput]
 ) -> fx.GraphModule:
-    """Rewrites ``gm`` (in place) so that it takes the parts of ``targets``."""
+    """Rewrites ``gm`` in place to take the parts of ``targets`` instead of the tensors; returns ``gm``."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     last = placeholders[-1]
     for target in targets:
@@ -66,7 +66,7 @@ def dequantize_inputs(
                 last = gm.graph.placeholder(f"{name}_{target.placeholder}")
             last.meta["example_value"] = example
             made.append(last)
-        for reader in readers:  # one for each, so that none lives from one reader to the next
+        for reader in readers:  # one per reader, so that no dequantised value lives between readers
             reader.replace_input_with(codes, _dequantized(gm.graph, reader, codes, made, target.tensor))
     gm.recompile()
     stored = sum(part.nbytes for target in targets for part in target.tensor.parts)

@@ -1,13 +1,13 @@
-"""Follows the features of linears and the elements of attention heads through a block's graph.
+"""Traces the output features of linears and the elements of attention heads through a block's graph.
 
-    a linear's output (b, t, out)         labels 0 ... out - 1, the same for every token
-    view, transpose, split, index, ...    the labels move as the elements do
-    cat, stack                            side by side
-    mul, add, norm, dtype, dropout        the labels of all labelled operands, united
-    sum, mean, ...                        none
-    matmul of two labelled values         scores; softmax keeps them; times a third: an attention
+    a linear's output (b, t, out)         labels 0 ... out - 1, equal for all tokens
+    view, transpose, split, index, ...    labels move with the elements
+    cat, stack                            labels are joined
+    mul, add, norm, dtype, dropout        union of the labels of all labelled operands
+    sum, mean, ...                        no labels
+    matmul of two labelled values         scores; softmax keeps them; times a third value: an attention
 
-Labels of a batch and a sequence are views without storage of their own (``expand``), so a map is as small as one token.
+Labels are expanded over batch and sequence without storage (``expand``), so a label map is as small as one token.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from torch import Tensor, fx
 from galore_fx.passes.model_graph.find_linears import LinearSite
 
 _SDPA = torch.nn.functional.scaled_dot_product_attention
-# Methods and functions that only move elements; they run on the labels themselves.
+# Methods and functions that only move elements; they are applied to the labels.
 _MOVES = {
     *("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "expand", "split", "chunk"),
     *("unbind", "flatten", "unflatten", "select", "narrow", "swapaxes", "movedim", "clone", "repeat_interleave"),
     *("broadcast_to", "repeat", "getitem", "t", "tensor_split"),
 }
 _JOINS = {"cat", "concat", "stack"}
-# What mixes elements of a vector only by a common factor, or not at all.
+# Operations that mix elements of a vector only through a common factor, or not at all.
 _ELEMENTWISE = {
     *("mul", "add", "sub", "neg", "div", "truediv", "imul", "iadd", "isub", "itruediv", "to", "float", "type_as"),
     *("half", "bfloat16", "type", "dropout", "layer_norm", "rms_norm", "add_", "mul_", "div_", "tanh", "clamp"),
@@ -40,12 +40,14 @@ _IN_PLACE_OF_VIEW = {"view": "reshape"}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionParts:
-    """An attention that was met.
+    """The labels of one attention.
 
     Attributes:
-        query, key, value: its operands' labels, None where they have none.
-        heads_apart: whether heads have a dimension of their own, and do not share one with the batch.
-        head_size: elements of one head of the result.
+        query: labels of the queries, None for unlabelled ones.
+        key: labels of the keys, likewise.
+        value: labels of the values, likewise.
+        heads_apart: whether the heads have their own dimension, instead of one shared with the batch.
+        head_size: number of elements per head of the result.
     """
 
     query: "Labelled | None"
@@ -57,11 +59,11 @@ class AttentionParts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Labelled:
-    """Where the elements of a value come from.
+    """The origin of the elements of a value.
 
     Attributes:
-        source: the linear whose output features, or the attention whose heads' elements, the labels number.
-        maps: label tensors of the value's shape, int32; several where elements were made from several.
+        source: the labels index the output features of this linear, or the elements of this attention's heads.
+        maps: label tensors with the shape of the value, int32; several if elements derive from several features.
     """
 
     source: LinearSite | AttentionParts
@@ -70,14 +72,14 @@ class Labelled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Scores:
-    """``Q K^T``, scaled, masked or normalised."""
+    """A product ``Q K^T``, possibly scaled, masked or normalised."""
 
     query: Labelled
     key: Labelled
 
 
 class FeatureLabels:
-    """The labels of the values of one graph; ``visit`` its nodes in order.
+    """Labels the values of one graph; call ``visit`` on its nodes in order.
 
     Args:
         linears: the products of an activation and a weight, by node.
@@ -88,12 +90,12 @@ class FeatureLabels:
         self._values: dict[fx.Node, Any] = {}
 
     def of(self, node: fx.Node) -> Labelled | None:
-        """The labels of a node's value, None where it has none."""
+        """Returns the labels of a node's value, None for an unlabelled one."""
         value = self._values.get(node)
         return value if isinstance(value, Labelled) else None
 
     def visit(self, node: fx.Node) -> AttentionParts | None:
-        """Labels a node; returns the attention where it completes one."""
+        """Labels a node; returns the attention if the node completes one, else None."""
         if node.op not in ("call_function", "call_method"):
             return None
         shape = _shape(node)
@@ -125,21 +127,21 @@ class FeatureLabels:
         moved, *others = node.args
         value = self._values.get(moved) if isinstance(moved, fx.Node) else None
         if not isinstance(value, Labelled):
-            # Scores keep their shape and order as far as an attention needs them: a view changes neither.
+            # A view of scores remains scores.
             return value if isinstance(value, _Scores) and name != "getitem" else None
         function = _function(node, name)
         try:
             arguments, keywords = fx.map_arg(tuple(others), _concrete), fx.map_arg(dict(node.kwargs), _concrete)
             results = [function(labels, *arguments, **keywords) for labels in value.maps]
         except (RuntimeError, TypeError, IndexError, ValueError):
-            return None  # moved by something that is not known here
+            return None  # depends on a value that is unknown here
         if isinstance(results[0], Tensor):
             return Labelled(value.source, tuple(results))
         return tuple(Labelled(value.source, tuple(maps)) for maps in zip(*results, strict=True))
 
     def _join(self, node: fx.Node, name: str) -> Labelled | None:
         joined: Any = node.args[0] if node.args else node.kwargs.get("tensors")
-        joined = [part for part in joined if not _is_empty(part)]  # an empty cache of keys and values
+        joined = [part for part in joined if not _is_empty(part)]  # an empty key-value cache
         values = [value for value in map(self._values.get, joined) if isinstance(value, Labelled)]
         if not values or len(values) != len(joined) or any(value.source is not values[0].source for value in values):
             return None
@@ -156,7 +158,7 @@ class FeatureLabels:
             return scores[0]
         labelled = [value for value in found if isinstance(value, Labelled)]
         if not labelled or any(value.source is not labelled[0].source for value in labelled):
-            # Of two sources, as in a residual connection, it is nobody's.
+            # Values with several sources, as after a residual connection, get no labels.
             return None
         try:
             maps = [labels.expand(shape) for value in labelled for labels in value.maps]
@@ -189,7 +191,7 @@ _QKV = ("query", "key", "value")
 
 
 def _function(node: fx.Node, name: str) -> Callable[..., Any]:
-    """What moves labels as the node moves elements; where storage does not allow a view they are copied."""
+    """Returns a function that moves labels as the node moves elements; views become reshapes, which may copy."""
     if name == "getitem":
         return operator.getitem
     if name in ("contiguous", "clone"):
@@ -202,7 +204,7 @@ def _function(node: fx.Node, name: str) -> Callable[..., Any]:
 
 
 def _numbered(shape: Sequence[int], kind: int) -> Tensor:
-    """Labels by the last dimension (``kind`` 1), or by the third last and the last (3), without storage elsewhere."""
+    """Returns labels by the last dimension (``kind`` 1), or by the third last and the last (3), expanded elsewhere."""
     if kind == 1:
         return torch.arange(shape[-1], dtype=torch.int32).expand(tuple(shape))
     heads = torch.arange(shape[-3] * shape[-1], dtype=torch.int32).view(shape[-3], 1, shape[-1])
@@ -210,7 +212,7 @@ def _numbered(shape: Sequence[int], kind: int) -> Tensor:
 
 
 def _small(join: Callable[..., Tensor], parts: Sequence[Tensor], dim: Any) -> Tensor:
-    """Joins labels without writing out the dimensions that only repeat them."""
+    """Joins labels without materialising expanded dimensions."""
     shape = join([part.to("meta") for part in parts], dim).shape
     if join is torch.stack:
         dim = dim % (parts[0].ndim + 1)
@@ -223,7 +225,7 @@ def _small(join: Callable[..., Tensor], parts: Sequence[Tensor], dim: Any) -> Te
 
 
 def _transposed(value: Labelled) -> Labelled:
-    """The keys as they were before they were transposed for the product."""
+    """Returns the keys before their transposition for the product."""
     return Labelled(value.source, tuple(labels.transpose(-1, -2) for labels in value.maps))
 
 
@@ -242,12 +244,12 @@ def _shape(node: fx.Node) -> tuple[int, ...] | None:
 
 
 def _is_empty(node: fx.Node) -> bool:
-    """Whether a tensor is known to have no element."""
+    """Returns whether a node is known to be a tensor without elements."""
     return 0 in (_shape(node) or ())
 
 
 def _concrete(node: fx.Node) -> Any:
-    """A size that a move depends on, as a number; raises where it is none."""
+    """Returns the number or numbers of a size argument; raises TypeError for any other node."""
     value = node.meta.get("example_value")
     if isinstance(value, torch.SymInt | int):
         return int(value)

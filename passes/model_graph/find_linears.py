@@ -1,11 +1,11 @@
-"""Analysis: which nodes of a region's graph multiply an activation by a weight.
+"""Analysis: lists the nodes of a region's graph that multiply an activation by a weight.
 
 F.linear(x, W, b)           Y = X W^T + b    W (out, in)     layout OUT_IN
 torch.addmm(b, x, W)        Y = X W + b      W (in, out)     layout IN_OUT   (transformers' Conv1D)
 x @ W, x @ W.T              Y = X W, X W^T                   (Falcon)
-F.multi_head_attention_forward(..., W_in, ..., W_out, ...)   its own linears, inside one node (nn.MultiheadAttention)
+F.multi_head_attention_forward(..., W_in, ..., W_out, ...)   linears inside one node (nn.MultiheadAttention)
 
-Each also with a transposed weight, ``W.T`` or ``W.t()``, which changes the layout.
+Each may also have a transposed weight, ``W.T`` or ``W.t()``, which changes the layout.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from galore_fx.runtime.torch_private import F_LINEAR
 
 _ATTENTION = torch.nn.functional.multi_head_attention_forward
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj_weight")
-# Where input, weight and bias stand among a call's arguments, and their names.
+# Positions and names of input, weight and bias among the arguments of a call.
 _INPUT_FIRST = ((0, "input"), (1, "weight"), (2, "bias"))
 _BIAS_FIRST = ((1, "mat1"), (2, "mat2"), (0, "input"))
 _NO_BIAS = ((0, "input"), (1, "other"), None)
@@ -46,10 +46,10 @@ class LinearSite:
     Attributes:
         node: the product's node.
         weight: the placeholder of the weight.
-        layout: how the weight is stored.
-        reader: the user of the weight on the way to the product: the product itself, or a transposition.
+        layout: layout of the stored weight.
+        reader: the direct user of the weight: the product itself, or a transposition before it.
         input: X.
-        bias: what is added, None for nothing.
+        bias: the added bias, None for none.
     """
 
     node: fx.Node
@@ -67,7 +67,7 @@ class AttentionSite:
     Attributes:
         node: the attention's node.
         weight: the placeholder of the weight.
-        name: the parameter of the function that takes it.
+        name: name of the argument that takes the weight.
     """
 
     node: fx.Node
@@ -76,17 +76,17 @@ class AttentionSite:
 
     @property
     def reader(self) -> fx.Node:
-        """The user of the weight: the attention."""
+        """The direct user of the weight: the attention's node."""
         return self.node
 
 
 def find_linears(gm: fx.GraphModule) -> list[LinearSite]:
-    """Every product of an activation and a weight that is an input of the graph, in the order of the graph."""
+    """Returns the products of an activation and a weight, an input of the graph, in graph order."""
     return [site for node in gm.graph.nodes for site in _product(node)]
 
 
 def read_by_one_linear(gm: fx.GraphModule) -> frozenset[int]:
-    """The inputs of the graph, by their places, that one product reads and nothing else."""
+    """Returns the indices of the graph's inputs that are read by one product and by nothing else."""
     places = {node: place for place, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     alone = (
         s for s in find_linears(gm) if len(s.weight.users) == 1 and (s.reader is s.node or len(s.reader.users) == 1)
@@ -95,13 +95,13 @@ def read_by_one_linear(gm: fx.GraphModule) -> frozenset[int]:
 
 
 def read_product(node: fx.Node) -> LinearSite:
-    """The site at a node that is known to be one."""
+    """Returns the site of a node that is known to be a product; raises ValueError for any other node."""
     (site,) = _product(node)
     return site
 
 
 def find_attention_weights(gm: fx.GraphModule) -> list[AttentionSite]:
-    """Every weight, an input of the graph, that torch's multi-head attention multiplies by."""
+    """Returns the uses of weights, inputs of the graph, inside torch's multi-head attention."""
     sites = []
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is not _ATTENTION:
@@ -112,13 +112,13 @@ def find_attention_weights(gm: fx.GraphModule) -> list[AttentionSite]:
 
 
 def attention_arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call of torch's multi-head attention by name."""
+    """Returns the arguments of a call of torch's multi-head attention by name."""
     return dict(inspect.signature(_ATTENTION).bind(*node.args, **node.kwargs).arguments)
 
 
 def _product(node: fx.Node) -> list[LinearSite]:
     found = _PRODUCTS.get(node.target) if node.op in ("call_function", "call_method") else None
-    # addmm with beta or alpha is not a linear layer.
+    # addmm with beta or alpha is no linear layer.
     if found is None or {"beta", "alpha", "out"} & node.kwargs.keys():
         return []
     layout, places = found

@@ -1,13 +1,13 @@
-"""Which parts of a model are compiled as one graph each, and which of their weights are projected.
+"""Selects the parts of a model that are compiled as one graph each, and their projected weights.
 
-A region is an entry of an outermost ``nn.ModuleList`` that holds linear layers: a decoder or encoder block. Where a
-model has none, the whole model is the one region. Embeddings, heads, norms and biases are trained at full rank, as
-in GaLore's released training script (methods: every linear of attention and MLP is projected).
+A region is an entry of an outermost ``nn.ModuleList`` that contains linear layers: a decoder or encoder block. A model
+without such entries is one region as a whole. Embeddings, heads, norms and biases are trained at full rank, as in
+GaLore's released training script (methods: every linear of attention and MLP is projected).
 
-A head is told from a block by its widths: its linear layers are a chain, each taking what the one before makes, and
-what the last one makes goes into no linear layer of the model. So an entry of a list that ends in classes, coordinates
-or tokens is no block, in whichever list it stands; one with branches, such as an attention or a gate, is, and so is one
-that comes back to the width it began with and is not plainly a sequence.
+A head differs from a block in its widths. Its linear layers form a chain in which each takes the output of the previous
+one, and no linear layer of the model has the output width of the last one as its input width. A list entry that ends in
+classes, coordinates or tokens is thus no block, in any list. An entry with branches, such as an attention or a gate, is
+a block, as is one that returns to its first width and is no ``nn.Sequential``.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ class LinearWeight:
     Attributes:
         name: qualified name of the parameter in the model.
         weight: the parameter, 2-D.
-        in_first: whether its first dimension is the layer's input (transformers' Conv1D).
-        is_factor: whether it is a low-rank factor of a normalised layer.
+        in_first: whether the first dimension is the input of the layer (transformers' Conv1D).
+        is_factor: whether the weight is a low-rank factor of a normalised layer.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Region:
     Attributes:
         name: qualified name of the module, "" for the whole model.
         module: the module whose forward is captured.
-        weights: its linear weights that are trained, each once in the whole model.
+        weights: trained linear weights of the module, without tied embeddings; a shared weight is in one region only.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Region:
 
 
 def find_regions(model: nn.Module) -> list[Region]:
-    """The regions of a model, in the order in which its modules are registered.
+    """Returns the regions of a model, in the order in which its modules are registered.
 
     Raises:
-        ModelError: the model has no trainable linear layer at all.
+        ModelError: the model has no trainable parameter or no trainable linear layer.
     """
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     claimed: set[int] = set(embedded)
@@ -86,9 +86,9 @@ def find_regions(model: nn.Module) -> list[Region]:
 
 
 def find_stems(model: nn.Module, regions: Sequence[Region]) -> list[nn.Module]:
-    """The modules that call the blocks: the owners of their lists, and a transformers model's base model.
+    """Returns the modules that call the blocks: the owners of their lists, and a transformers model's base model.
 
-    What is left of the model's forward around them is head and loss. Empty where the model itself calls its blocks.
+    The rest of the model's forward is head and loss. The list is empty if the model itself calls its blocks.
     """
     modules = dict(model.named_modules())
     names = {_owner(region.name, modules) for region in regions}
@@ -101,7 +101,7 @@ def find_stems(model: nn.Module, regions: Sequence[Region]) -> list[nn.Module]:
 
 
 def _owner(name: str, modules: dict[str, nn.Module]) -> str:
-    """The nearest module above a block that is no list."""
+    """Returns the name of the nearest ancestor of a block that is no list, "" for the model."""
     while name:
         name = name.rpartition(".")[0]
         if not isinstance(modules[name], nn.ModuleList):
@@ -121,12 +121,12 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _input_widths(model: nn.Module) -> set[int]:
-    """The widths of what goes into the linear layers of a model."""
+    """Returns the input widths of a model's linear layers."""
     return {width for module in model.modules() for width, _ in _widths(module)}
 
 
 def _is_head(module: nn.Module, widths: set[int]) -> bool:
-    """Whether a module's linear layers are a chain whose end goes into no linear layer."""
+    """Returns whether a module is a head, as the module docstring defines it."""
     chain = [each for part in module.modules() for each in _widths(part)]
     if not chain or chain[-1][1] in widths or any(a[1] != b[0] for a, b in itertools.pairwise(chain)):
         return False
@@ -136,14 +136,14 @@ def _is_head(module: nn.Module, widths: set[int]) -> bool:
 
 
 def _without_heads(model: nn.Module, weights: tuple[LinearWeight, ...], widths: set[int]) -> tuple[LinearWeight, ...]:
-    """The weights of a model without blocks but for those in lists of heads; all where nothing else is left."""
+    """Returns the weights of a model without blocks, except those in lists of heads; all of them if none remains."""
     heads = [module for _, module in _blocks(model) if _is_head(module, widths)]
     of_heads = {id(parameter) for head in heads for parameter in head.parameters()}
     return tuple(weight for weight in weights if id(weight.weight) not in of_heads) or weights
 
 
 def _widths(module: nn.Module) -> list[tuple[int, int]]:
-    """(input width, output width) of a layer that multiplies by a weight; nothing for any other module."""
+    """Returns (input width, output width) of a layer that multiplies by a weight, an empty list for other modules."""
     if isinstance(module, nn.Linear):
         return [(module.in_features, module.out_features)]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -158,7 +158,7 @@ def _widths(module: nn.Module) -> list[tuple[int, int]]:
 
 
 def _entries(name: str, container: nn.ModuleList) -> list[tuple[str, nn.Module]]:
-    """The modules of a list that are called; a list inside it is not."""
+    """Returns the callable entries of a list by name; a nested list is replaced by its entries."""
     found: list[tuple[str, nn.Module]] = []
     for key, child in container.named_children():
         if isinstance(child, nn.ModuleList):
@@ -177,7 +177,7 @@ def _linear_weights(prefix: str, module: nn.Module, claimed: set[int]) -> tuple[
         elif isinstance(child, NormalizedLinear):
             keys = FACTORS
         else:
-            # nn.MultiheadAttention's output layer is an nn.Linear; these are the weights of its input layers.
+            # The input weights of nn.MultiheadAttention; its output layer is an nn.Linear.
             keys = _ATTENTION_KEYS if isinstance(child, nn.MultiheadAttention) else ()
         for key in keys:
             weight = getattr(child, key)

@@ -1,17 +1,17 @@
-"""Analysis: which rows of which weights form the heads of an attention, from a block's graph alone.
+"""Analysis: derives from a block's graph which rows of which weights form the heads of an attention.
 
     linear -> view -> transpose -> rotary, norm, ...  -> q \\
     linear -> view -> transpose -> rotary, norm, ...  -> k  > attention -> transpose -> reshape -> linear
     linear -> view -> transpose                       -> v /
 
-Every value carries, for each of its elements, the number of the feature it was made from (``FeatureLabels``): the
-output feature of a linear, which is a row of its weight, or an element of an attention's heads. Operations that move
-elements move their labels; elementwise ones unite them; reductions have none. Where the labels arrive at an attention
-they say which rows make which head, and where those of its result arrive at a linear, which columns that reads. So
-neither the names of modules nor the order of q, k and v in a fused weight matter.
+Every element of a value carries as label the index of its source feature (``FeatureLabels``): an output feature of a
+linear, which is a row of its weight, or an element of an attention's heads. Operations that move elements move the
+labels, elementwise operations unite them, and reductions drop them. The labels that reach an attention show which rows
+form each head. The labels of its result that reach a linear show which columns read each head. Neither module names nor
+the order of q, k and v in a fused weight matter.
 
-Known attentions: scaled_dot_product_attention, ``softmax(Q K^T) V`` in products, torch's multi-head attention. What is
-not found is projected as an ordinary matrix.
+Recognised attentions: scaled_dot_product_attention, ``softmax(Q K^T) V`` as products, torch's multi-head attention.
+Weights of any other attention are projected as ordinary matrices.
 """
 
 import collections
@@ -34,13 +34,13 @@ _ROLES = ("query", "key", "value")
 
 @dataclasses.dataclass(frozen=True)
 class HeadGroup:
-    """The heads that one weight holds in one role.
+    """The heads of one weight in one role.
 
     Attributes:
         placeholder: index of the weight among the graph's placeholders.
-        role: "query", "key", "value": ``heads`` number output features; "output": input features.
-        heads: the features of each head, in the order of the heads. Heads that are repeated for several queries
-            (grouped keys and values) are listed once.
+        role: "query", "key" or "value", with output features in ``heads``; "output", with input features.
+        heads: feature indices of each head, in the order of the heads. Keys and values that several queries share
+            (grouped-query attention) are listed once.
     """
 
     placeholder: int
@@ -49,17 +49,17 @@ class HeadGroup:
 
     @property
     def num_heads(self) -> int:
-        """How many."""
+        """Number of heads."""
         return len(self.heads)
 
     @property
     def head_size(self) -> int:
-        """Features of one head."""
+        """Number of features per head."""
         return len(self.heads[0])
 
 
 def group_heads(gm: fx.GraphModule) -> list[HeadGroup]:
-    """The heads in the weights of a graph, in the order of its attentions; by role in each."""
+    """Returns the head groups of a graph: torch's multi-head attentions, other inputs of attentions, then outputs."""
     numbers = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     sites = find_linears(gm)
     labels = FeatureLabels({site.node: site for site in sites})
@@ -72,28 +72,28 @@ def group_heads(gm: fx.GraphModule) -> list[HeadGroup]:
         group = _output(site, labels, numbers)
         if group is not None:
             found.append(group)
-    # The same attention is met once for each of its users.
+    # Several visits may yield the same group.
     return list(dict.fromkeys(found))
 
 
 def shared_heads(
     groups: Sequence[HeadGroup], placeholder: int, roles: frozenset[str], rank: int
 ) -> tuple[tuple[int, ...], ...] | None:
-    """The heads of a weight that may share a basis; None where it has none, or too few for the rank.
+    """Returns the heads of a weight that may share a basis; None if it has none, or too few features for the rank.
 
-    Where queries, keys and values are one weight, a head is all rows of it that belong to a query head.
+    In a fused weight of queries, keys and values, a head comprises all rows that belong to one query head.
 
     Args:
-        groups: what ``group_heads`` found.
-        placeholder: the weight's.
-        roles: those that are to share; a weight with one of them shares as a whole.
+        groups: result of ``group_heads``.
+        placeholder: index of the weight's placeholder.
+        roles: roles that share a basis; a weight with one of them shares as a whole.
         rank: columns of the basis.
     """
     own = [group for group in groups if group.placeholder == placeholder and group.role != "output"]
     if not any(group.role in roles for group in own):
         return None
     if len({group.role for group in own}) != len(own):
-        return None  # two attentions read it
+        return None  # several attentions read the weight
     num_heads = max(group.num_heads for group in own)
     heads = []
     for index in range(num_heads):
@@ -103,9 +103,9 @@ def shared_heads(
 
 
 def same_inputs(gm: fx.GraphModule) -> dict[int, list[int]]:
-    """By the placeholder of each weight, those of all weights whose linears read the same values, itself included.
+    """Maps each weight to all weights whose linears read the same input, itself included, by placeholder index.
 
-    A weight that several linears read, or torch's multi-head attention, is not among them.
+    Omits weights that several linears use, and weights inside torch's multi-head attention.
     """
     numbers = {node: i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     sites = find_linears(gm)
@@ -134,7 +134,7 @@ def _one_source(value: Labelled | None) -> LinearSite | None:
 
 
 def _heads_of(maps: Sequence[Tensor], heads_apart: bool) -> tuple[tuple[int, ...], ...] | None:
-    """The features of each head, of equal number; None where heads share some of them or are no heads at all."""
+    """Returns the features of each head; None if heads overlap or differ in size, or if there are no heads."""
     flat = [_by_head(labels, heads_apart) for labels in maps]
     num_heads = {labels.shape[0] for labels in flat}
     if len(num_heads) != 1:
@@ -150,7 +150,7 @@ def _heads_of(maps: Sequence[Tensor], heads_apart: bool) -> tuple[tuple[int, ...
 
 
 def _by_head(labels: Tensor, heads_apart: bool) -> Tensor:
-    """(heads, size) of one token of labels (..., heads, tokens, size) or (batch * heads, tokens, size)."""
+    """Returns one token's labels (heads, size), from (..., heads, tokens, size) or (batch * heads, tokens, size)."""
     labels = labels[..., 0, :]
     while heads_apart and labels.ndim > 2:
         labels = labels[0]
@@ -174,7 +174,7 @@ def _output(site: LinearSite, labels: FeatureLabels, numbers: dict[fx.Node, int]
 
 
 def _inside_multi_head_attention(gm: fx.GraphModule, numbers: dict[fx.Node, int]) -> list[HeadGroup]:
-    """Inside torch's own function the heads are consecutive, in each of q, k and v."""
+    """Returns the head groups of torch's multi-head attention, whose heads are consecutive in each of q, k and v."""
     groups = []
     for site in find_attention_weights(gm):
         given = attention_arguments(site.node)

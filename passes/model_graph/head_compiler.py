@@ -1,8 +1,7 @@
-"""The Dynamo backend of what lies outside the blocks: the head and the loss.
+"""Dynamo backend for the part of the model outside the blocks: head and loss.
 
-The base model (embedding, blocks, final norm) is opaque to it, so Dynamo breaks the model's forward there and gives
-the rest, head and loss, as one graph. After ``chunk_loss`` nothing is left that Inductor could fuse; the graph runs as
-it is, at no compile time.
+The base model (embedding, blocks, final norm) is opaque, so Dynamo breaks the model's forward there and captures the
+rest, head and loss, as one graph. ``chunk_loss`` leaves nothing for Inductor to fuse, so the graph runs uncompiled.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +15,17 @@ from galore_fx.passes.pass_runner import PassRecord, run_passes
 
 
 class HeadCompiler:
-    """The Dynamo backend of one model's head and loss.
+    """Dynamo backend for one model's head and loss.
 
     Attributes:
-        pass_records: what each pass did, per captured graph.
+        pass_records: records of the passes, one list per captured graph.
     """
 
     def __init__(self) -> None:
         self.pass_records: list[list[PassRecord]] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., Any]:
-        """Rewrites the loss, runs the graph."""
+        """Returns the forward of the graph after ``chunk_loss``; ``gm`` itself is not changed."""
         gm, records = run_passes(copy_graph(gm), example_inputs, [chunk_loss])
         self.pass_records.append(records)
         forward: Callable[..., Any] = gm.forward

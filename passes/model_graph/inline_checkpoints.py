@@ -1,13 +1,13 @@
-"""Pass: a checkpointed part of the graph becomes ordinary nodes that are marked for recomputation.
+"""Pass: inlines checkpointed parts of the graph as ordinary nodes that are marked for recomputation.
 
     before   y = tag_activation_checkpoint(body, W, x)      body: W, x -> linear(x, W)
     after    y = linear(x, W)                               meta["recompute"] = PREFER_RECOMPUTE
 
-transformers' gradient checkpointing and ``torch.utils.checkpoint`` inside a region arrive in the form before, in which
-no other pass finds a linear. The mark is what AOTAutograd's partitioner reads in both forms.
+transformers' gradient checkpointing and ``torch.utils.checkpoint`` inside a region produce the first form, which hides
+the linears from other passes. AOTAutograd's partitioner reads the same mark in both forms.
 
-requires  a graph as Dynamo gives it.
-ensures   unchanged where the checkpoint chooses by itself what to save (``context_fn``).
+requires  a graph from Dynamo.
+ensures   unchanged if the checkpoint selects its saved tensors itself (``context_fn``).
 """
 
 import itertools
@@ -26,7 +26,7 @@ _NUMBERS = itertools.count()
 
 
 def inline_checkpoints(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
-    """Inlines the checkpointed bodies of ``gm`` (in place), nested ones too."""
+    """Inlines the checkpointed bodies of ``gm`` in place, including nested ones; returns ``gm``."""
     count = 0
     while found := [node for node in gm.graph.nodes if _is_plain_checkpoint(gm, node)]:
         count += len(found)
@@ -53,7 +53,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     body, prefix = _body(gm, node), node.args[0].target  # type: ignore[union-attr]
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     values: dict[fx.Node, Any] = dict(zip(placeholders, node.args[1:], strict=True))
-    number = next(_NUMBERS)  # the partitioner compares them: what a later checkpoint reads of an earlier one is saved
+    number = next(_NUMBERS)  # the partitioner saves a value that one checkpoint reads from an earlier one
     with gm.graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op in ("placeholder", "output"):

@@ -1,14 +1,14 @@
-"""Pass over a model's modules: linear layers of the blocks become normalised ones with low-rank factors.
+"""Pass over a model's modules: turns linear layers of the blocks into normalised ones with low-rank factors.
 
     before   q_proj: Linear(weight)
     after    q_proj: NormalizedLinear(base_weight frozen, magnitude, factor_out, factor_in)
 
-requires  a plain model: no layer of it is normalised yet.
-ensures   the model's function is what it was, bit for bit; the optimizer's groups hold the trained parts in the place
-          of the weights. On leaving the context all is as before, unless ``keep`` has been called.
+requires  a model without normalised layers.
+ensures   the model's function is bit-identical; the optimizer's groups hold the trained parts instead of the weights.
+          Leaving the context restores everything, unless ``keep`` has been called.
 
-Left alone, and trained as other weights are: a weight that several modules share, and those of layers whose class is
-neither ``nn.Linear`` nor ``Conv1D`` itself, since such a class may read its weight in its own way.
+Two kinds of weights are left unchanged and trained like other weights: a weight that several modules share, and the
+weights of subclasses of ``nn.Linear`` and ``Conv1D``, which may read their weight in their own way.
 """
 
 import collections
@@ -26,17 +26,17 @@ _SEED = 0
 
 
 class Normalization:
-    """The layers that are normalised now.
+    """The layers that are currently normalised.
 
     Attributes:
-        plain: of each layer the class and the parameters that it had.
+        plain: previous class and parameters of each layer.
     """
 
     def __init__(self) -> None:
         self.plain: dict[NormalizedLinear, tuple[type[nn.Module], dict[str, nn.Parameter | None]]] = {}
 
     def keep(self) -> None:
-        """Makes it last. The weights of before are emptied: who still holds one would read what is not trained."""
+        """Makes the change permanent; empties the old weights, so that no other holder reads an untrained copy."""
         for _, parameters in self.plain.values():
             weight = parameters["weight"]
             assert weight is not None
@@ -57,10 +57,13 @@ def normalize_weights(
 
     Args:
         model: changed in place.
-        groups: the param groups of an optimizer over the model's parameters, changed in place; none for a class.
-        rank: of the factors; a fraction is of the weight's shorter side.
+        groups: param groups of an optimizer over the model's parameters, changed in place; empty for a class.
+        rank: rank of the factors; a float is a fraction of the weight's shorter side.
         scale: s.
-        by_column: a norm for each column and not for each row.
+        by_column: one norm per column instead of per row.
+
+    Yields:
+        The normalised layers; its ``keep`` makes the change permanent.
 
     Raises:
         ModelError: the model has no trainable linear layer.
@@ -93,7 +96,7 @@ def normalize_weights(
 
 
 def _exchange(group: dict[str, Any], weight: nn.Parameter, layer: NormalizedLinear) -> None:
-    """The trained parts of a layer in its weight's place, and their names where the group has names."""
+    """Replaces a weight in a group by the trained parts of its layer, and its name by theirs if the group has names."""
     found = [place for place, parameter in enumerate(group["params"]) if parameter is weight]
     for place in found:
         group["params"][place : place + 1] = [layer._parameters[name] for name in TRAINED]

@@ -1,11 +1,11 @@
-"""Pass on a backward graph: whatever is made of a weight is made before the weight is updated inside the graph.
+"""Pass on a backward graph: orders all reads of a weight before its update inside the graph.
 
     before   dX = dY W;  R = consume_gradient(dY, X, W, Z, [])
     after    dX = dY W;  R = consume_gradient(dY, X, W, Z, [dX])
 
-requires  a graph of AOTAutograd's; nothing that reads a weight reads the R of its own consumer.
-ensures   a consumer takes every value that the graph computes from its weight, elementwise ones up to what they end in,
-          since Inductor makes those anew where they are read; so any order of the graph is right.
+requires  a graph from AOTAutograd; no value computed from a weight also depends on the R of that weight's consumer.
+ensures   a consumer takes every value that the graph computes from its weight, so any order of the graph is correct.
+          Readers of elementwise values are included, since Inductor recomputes such values where they are read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,25 +28,25 @@ _INLINED = (
 
 
 def order_consumers(gm: fx.GraphModule) -> None:
-    """Fills in the last argument of each consumer, in place."""
+    """Sets the argument ``after`` of each consumer in place."""
     for consumer in gm.graph.find_nodes(op="call_function", target=consume_gradient):
         leading = consumer.args[:_NUM_LEADING]
         made = list(dict.fromkeys(_made_of(leading[2])))
-        max([*made, consumer]).append(consumer)  # the last of them in the graph
+        max([*made, consumer]).append(consumer)  # move the consumer behind the last of them
         consumer.args = (*leading, made)
     gm.graph.lint()
     gm.recompile()
 
 
 def compile_region(gm: fx.GraphModule, inputs: Sequence[object], activation_budget: float) -> Callable[..., Any]:
-    """AOTAutograd and Inductor on the graph of a block; the arguments are those of ``compile_graph``."""
+    """Compiles the graph of a region with AOTAutograd and Inductor; takes the arguments of ``compile_graph``."""
     linears = gm.graph.find_nodes(op="call_function", target=projected_linear)
     has_consumers = any("basis" not in node.args[3] for node in linears)
     return compile_graph(gm, inputs, activation_budget, on_backward=order_consumers if has_consumers else None)
 
 
 def _made_of(weight: Any) -> Iterator[fx.Node]:
-    """The tensors that are computed from a weight, a view of it or a value of its elements."""
+    """Yields the tensors computed from a weight, from its views, or from elementwise values of these."""
     for reader in weight.users:
         if reader.target is consume_gradient:
             continue

@@ -1,4 +1,4 @@
-"""Analysis: what each trained parameter is in its model, in words, for the plan and for ``explain``."""
+"""Analysis: describes the role of each trained parameter, for the plan and for ``explain``."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from galore_fx.runtime.layers.normalized_linear import FACTORS, TRAINED, Normali
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRole:
-    """What a parameter is.
+    """The role of a parameter in its model.
 
     Attributes:
-        description: "linear of a block", "embedding", ...: why it can be projected, or why not.
-        shared_with: its other names in the model, where several modules use it.
-        is_factor: whether it is a trained part of a normalised layer.
+        description: "linear of a block", "embedding", ...; the reason why it can or cannot be projected.
+        shared_with: other names of the parameter in the model, if several modules use it.
+        is_factor: whether the parameter is a trained part of a normalised layer.
     """
 
     description: str
@@ -25,7 +25,7 @@ class ParameterRole:
 
 
 def parameter_roles(model: nn.Module, regions: Sequence[Region]) -> dict[str, ParameterRole]:
-    """The role of each trained parameter, by its first name in the model."""
+    """Returns the role of each trained parameter, by its first name in the model."""
     in_blocks = {id(w.weight) for region in regions for w in region.weights}
     kinds: dict[int, set[str]] = {}
     names: dict[int, list[str]] = {}

@@ -1,12 +1,12 @@
-"""Pass: replace the linears of projected weights by ones that deliver the projected gradient.
+"""Pass: replaces the linears of projected weights by linears that deliver the projected gradient.
 
     before   W, x          linear(x, W, b)
     after    W, x, P, Z    projected_linear(x, W, b, {P, Z}, ...)    P, Z: new placeholders, after all others
 
-and the same inside torch's multi-head attention, which becomes ``projected_attention``.
+torch's multi-head attention likewise becomes ``projected_attention``.
 
-requires  weights are placeholders of the graph; nothing but linears reads a weight that is projected.
-ensures   the gradient of W is None; the gradient of Z is R; the new placeholders stand in the order of ``targets``.
+requires  weights are placeholders of the graph; only linears read a projected weight.
+ensures   the gradient of W is None; the gradient of Z is R; the new placeholders are in the order of ``targets``.
 """
 
 import dataclasses
@@ -34,17 +34,16 @@ _KEPT_META = ("example_value", "nn_module_stack", "stack_trace", "recompute", "a
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionTarget:
-    """A weight of the graph and how its gradient is projected.
+    """A weight of the graph with a projected gradient; a weight with a full gradient is no target.
 
     Attributes:
         placeholder: index among the graph's placeholders.
-        name: the parameter's name, for messages.
+        name: name of the parameter, for messages.
         dim: the projected dimension.
-        inputs: names of what the weight's record gives for the form that is wanted, in the order of the placeholders;
-            a weight that wants its full gradient is no target.
-        basis_of: the weight, by its placeholder, whose basis is this one's; a target too. None for its own.
-        is_consumed: whether it is updated in the backward.
-        source: name of the source of its next basis, where a refreshing graph is wanted.
+        inputs: names of the record's tensors for this form of the gradient, in the order of the new placeholders.
+        basis_of: placeholder index of the target whose basis this weight uses; None for its own basis.
+        is_consumed: whether the weight is updated inside the backward.
+        source: name of the source of the next basis; a refreshing graph calls its ``deliver``.
     """
 
     placeholder: int
@@ -59,10 +58,10 @@ class ProjectionTarget:
 def project_gradients(
     gm: fx.GraphModule, example_inputs: Sequence[object], *, targets: Sequence[ProjectionTarget]
 ) -> fx.GraphModule:
-    """Rewrites ``gm`` (in place) so that the gradients of ``targets`` leave it projected.
+    """Rewrites ``gm`` in place so that the gradients of ``targets`` leave it projected; returns ``gm``.
 
     Raises:
-        CaptureError: a target is read by something that is not a linear; its full gradient would be lost.
+        CaptureError: an operation other than a linear reads a target; the gradient of that use would be lost.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     last = placeholders[-1]
@@ -98,7 +97,7 @@ def project_gradients(
 
 
 def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs: Sequence[Any]) -> Effect:
-    """Bytes of the gradients that leave the graph, where the examples of all its inputs are at hand."""
+    """Returns the effect, with the bytes of the gradients that leave the graph if examples of all inputs are given."""
     what = "weights whose gradient leaves as R"
     if any("source_leaf" in target.inputs for target in targets):
         what += " with the next basis's sketch"
@@ -123,7 +122,7 @@ def _effect(targets: Sequence[ProjectionTarget], num_inputs: int, example_inputs
 
 
 def _other_readers(weight: fx.Node, uses: list[LinearSite | AttentionSite]) -> list[fx.Node]:
-    """Who reads the weight, or a transposition of it, and is none of the products."""
+    """Returns the readers of the weight, or of its transpose, that are none of the products."""
     products = {site.node for site in uses}
     transposed = {site.reader for site in uses} - products
     readers = [*weight.users, *(user for node in transposed for user in node.users)]
@@ -131,7 +130,7 @@ def _other_readers(weight: fx.Node, uses: list[LinearSite | AttentionSite]) -> l
 
 
 def _replace_linear(graph: fx.Graph, site: LinearSite, inputs: dict[str, fx.Node], target: ProjectionTarget) -> None:
-    site = read_product(site.node)  # as it is now: a linear before it may have been replaced
+    site = read_product(site.node)  # read again: an earlier linear may have been replaced
     arguments: tuple[Any, ...] = (site.input, site.weight, site.bias, inputs, site.layout.value)
     arguments += (target.dim.value, target.source)
     with graph.inserting_before(site.node):
@@ -143,7 +142,7 @@ def _replace_linear(graph: fx.Graph, site: LinearSite, inputs: dict[str, fx.Node
 
 
 def _replace_in_attention(site: AttentionSite, projection: tuple[Any, ...]) -> None:
-    """In place: an attention has several weights, and each becomes a target in its turn."""
+    """Adds a projection to an attention's node in place; each of its weights may be a target of its own."""
     if site.node.target is not projected_attention:
         site.node.kwargs = attention_arguments(site.node)
         site.node.args = ({},)

@@ -1,11 +1,11 @@
-"""From a region's Dynamo graph to compiled variants of it.
+"""Compiles variants of a region from its Dynamo graph.
 
     Dynamo graph (kept)  --copy-->  passes  -->  AOTAutograd + Inductor  -->  variant
-                                                                              one per gradient forms of its weights
+                                                                              one per combination of gradient forms
 
-Dynamo calls a region with the graph's inputs. The weights are among them; their records say in which form their
-gradients are wanted now, and so which variant runs. Layers with equal graphs share one region and its variants, and so
-do models in one process.
+Dynamo calls a region with the graph's inputs, which include the weights. The records of the weights determine the
+current form of their gradients, and thereby the variant that runs. Layers with equal graphs share one region and its
+variants, even across models of one process.
 """
 
 import contextlib
@@ -41,27 +41,27 @@ from galore_fx.runtime.torch_private import (
 
 Regions = dict[tuple[object, ...], "CapturedRegion"]
 FinishGraph = Callable[[fx.GraphModule, Sequence[object], float], Callable[..., Any]]
-# Regions by their graph, for all models of the process; a region holds no tensor of a model.
+# Regions of all models of the process, by graph; a region holds no tensor of a model.
 _REGIONS: Regions = {}
 
 
 def forget_regions() -> None:
-    """Drops what is shared between models, so that the next capture compiles anew."""
+    """Drops the regions that models share, so that the next capture compiles anew."""
     _REGIONS.clear()
 
 
 class RegionCompiler:
-    """The Dynamo backend of one model's regions, and what the model has used of it so far.
+    """Dynamo backend for one model's regions; records which variants the model uses.
 
     Attributes:
-        last_run: the region that ran last.
+        last_run: the region that ran last, None before the first run.
 
     Args:
-        regions: where captured regions are kept; those of the process by default.
-        finish: makes a callable of a graph after all passes, its inputs and the activation budget; AOTAutograd and
-            Inductor by default.
-        all_forms: compile the steady and the refreshing form when a region is captured, as is done anyway where sizes
-            are symbols; else each when it is first run.
+        regions: storage of captured regions; shared by the process by default.
+        finish: compiles a graph after all passes, from the graph, its inputs and the activation budget; AOTAutograd
+            and Inductor by default.
+        all_forms: compile the steady and the refreshing form at capture, as always with symbolic sizes; otherwise each
+            form is compiled when it first runs.
     """
 
     def __init__(
@@ -76,32 +76,32 @@ class RegionCompiler:
 
     @property
     def num_graphs(self) -> int:
-        """Distinct region graphs of this model."""
+        """Number of distinct region graphs of this model."""
         return len(self._used)
 
     @property
     def num_variants(self) -> int:
-        """Compiled forms of them that this model has run."""
+        """Number of their variants that this model has run."""
         return sum(len(keys) for keys in self._used.values())
 
     @property
     def regions(self) -> list["CapturedRegion"]:
-        """What has been captured for this model."""
+        """The regions that have been captured for this model."""
         return list(self._used)
 
     def weights_of(self, region: "CapturedRegion") -> set[str]:
-        """Names of the projected weights that have gone through a region, of all blocks that share it."""
+        """Returns the names of the projected weights that have run through a region, from all blocks that share it."""
         return set(self._weights[region])
 
     def heads_of(self, region: "CapturedRegion") -> dict[str, tuple[HeadGroup, ...]]:
-        """The attention heads in the projected weights that have gone through a region, by the weight's name."""
+        """Returns the attention heads of the projected weights that have run through a region, by the weight's name."""
         return {
             name: tuple(group for group in region.heads if group.placeholder == placeholder)
             for name, placeholder in self._weights[region].items()
         }
 
     def keeping(self, activation_budget: float) -> Callable[..., Any]:
-        """The Dynamo backend for blocks that keep this share of their activations, 0 to 1."""
+        """Returns the Dynamo backend for blocks that keep this share of their activations, 0 to 1."""
         return functools.partial(self.capture, compile_now=True, activation_budget=activation_budget)
 
     def capture(
@@ -112,13 +112,13 @@ class RegionCompiler:
         compile_now: bool,
         activation_budget: float = 1.0,
     ) -> Callable[..., Any]:
-        """Captures a graph; what it returns runs the variant that its inputs' records ask for.
+        """Captures a graph and returns a function that runs the variant for the records of its inputs.
 
         Args:
-            gm: the graph, as Dynamo gives it.
-            example_inputs: its inputs.
-            compile_now: compile the variant that this very call needs already, and not when it is first run.
-            activation_budget: share of the activations that is kept.
+            gm: the graph from Dynamo; not changed.
+            example_inputs: inputs of the graph.
+            compile_now: compile the variant for the current records at once, instead of at its first run.
+            activation_budget: share of the activations that is kept, 0 to 1.
         """
         gm, pass_records = run_passes(copy_graph(gm), example_inputs, [inline_checkpoints, slice_single_indices])
         identity = _graph_identity(gm)
@@ -153,8 +153,8 @@ class CapturedRegion:
     """One graph and its compiled variants.
 
     Attributes:
-        pass_records: what each pass did: to the graph itself, and then for each variant.
-        parameters: which of the graph's inputs are parameters.
+        pass_records: records of the passes on the graph itself, then of the passes for each variant.
+        parameters: indices of the graph's inputs that are parameters.
     """
 
     def __init__(
@@ -174,15 +174,15 @@ class CapturedRegion:
 
     @functools.cached_property
     def heads(self) -> tuple[HeadGroup, ...]:
-        """The attention heads in the graph's weights."""
+        """The attention heads of the graph's weights."""
         return tuple(group_heads(self._gm))
 
     def finish_capture(self) -> None:
-        """Called when Dynamo goes on to make its guards."""
+        """Marks the end of the capture; Dynamo builds its guards next."""
         self._capturing = False
 
     def records(self, inputs: Sequence[object]) -> list[ProjectedParameter | None]:
-        """The record of each parameter among the inputs, None for one that is not projected."""
+        """Returns the record of each parameter input, None if not projected; adapts the records to the graph."""
         found = [REGISTRY.get(inputs[i]) for i in self.parameters]
         new: list[int] = []
         for placeholder, record in zip(self.parameters, found, strict=True):
@@ -191,7 +191,7 @@ class CapturedRegion:
             elif record is not None and record.consumes and saves_elsewhere():
                 record.form = GradientForm.FULL  # for this window
             if record is not None and record.is_hooked:
-                record.form = GradientForm.FULL  # a hook of the user's is to see the gradient
+                record.form = GradientForm.FULL  # so that the user's hook sees the gradient
             if record is not None and record.shared_roles and not _has_heads(record) and not record.is_underway:
                 self._share_heads(placeholder, record)
                 new += [placeholder] if _has_heads(record) else []
@@ -208,7 +208,7 @@ class CapturedRegion:
         return same_inputs(self._gm)
 
     def _share_heads(self, placeholder: int, record: ProjectedParameter) -> None:
-        """Lets the heads of a weight share a basis, if the graph shows that it has such heads."""
+        """Lets the heads of a weight share a basis, if the graph has such heads in it."""
         heads = shared_heads(self.heads, placeholder, record.shared_roles, record.rank)
         if heads is not None:
             record.take_source(HeadBasis(record.weight, heads, record.rank, record.dim, record.source.key))
@@ -223,7 +223,7 @@ class CapturedRegion:
             )
 
     def graph_inputs(self, inputs: Sequence[object], records: list[ProjectedParameter | None]) -> list[object]:
-        """What the variant takes for the inputs that Dynamo gives."""
+        """Returns the inputs of the variant for the inputs that Dynamo passes."""
         extra = (
             value for record in records if record for value in weight_inputs(record, record.form, records).values()
         )
@@ -234,7 +234,7 @@ class CapturedRegion:
     def _wants_gradient(
         self, records: list[ProjectedParameter | None], forms: Sequence[GradientForm | None]
     ) -> set[int]:
-        """Inputs whose full gradient is wanted, if they have one."""
+        """Returns the indices of the inputs that need their full gradient, if they require one."""
         return {
             index
             for index, record, form in zip(self.parameters, records, forms, strict=True)
@@ -242,17 +242,17 @@ class CapturedRegion:
         }
 
     def key(self, records: list[ProjectedParameter | None]) -> tuple[object, ...]:
-        """What tells the variants apart."""
+        """Returns the key of the variant for these records."""
         return self._key(records, [record.form if record else None for record in records])
 
     @property
     def is_symbolic(self) -> bool:
-        """Whether sizes of the graph are symbols, which stand for every size that Dynamo's guards let through."""
+        """Whether sizes of the graph are symbols, which cover every size that Dynamo's guards admit."""
         sizes = (size for fake in self._fakes if isinstance(fake, torch.Tensor) for size in fake.shape)
         return any(isinstance(value, torch.SymInt) for value in (*sizes, *self._fakes))
 
     def compile_forms(self, records: list[ProjectedParameter | None]) -> None:
-        """Compiles the steady and the refreshing form now, while what they demand of the symbols becomes guards."""
+        """Compiles the steady and refreshing forms during capture, while their conditions on symbols become guards."""
         for due in (False, True):
             forms = [record.form_of(due=due) if record else None for record in records]
             key = self._key(records, forms)
@@ -260,7 +260,11 @@ class CapturedRegion:
                 self._variants[key] = self._compile(records, forms)
 
     def variant_for(self, records: list[ProjectedParameter | None]) -> Callable[..., Any]:
-        """The compiled form for these gradient forms, made now if it is the first time."""
+        """Returns the variant for the gradient forms of these records; compiles it at its first use.
+
+        Raises:
+            CaptureError: compilation after the capture failed.
+        """
         forms = [record.form if record else None for record in records]
         key = self._key(records, forms)
         variant = self._variants.get(key)
@@ -269,7 +273,7 @@ class CapturedRegion:
                 variant = self._variants[key] = self._compile(records, forms)
             except Exception as error:
                 if self._capturing:
-                    raise  # Dynamo names the cause
+                    raise  # Dynamo reports the cause
                 raise CaptureError(f"{type(error).__name__}: {error}") from error
         return variant
 
@@ -316,7 +320,7 @@ class CapturedRegion:
             self.pass_records.append(pass_records)
             num_guards = len(fake_mode.shape_env.guards)
             compiled = self._finish(gm, _in_parts(values, stored), self._activation_budget)
-        # Once Dynamo has made its guards, a demand on a symbol goes unchecked: such a form runs as it is.
+        # Dynamo does not check conditions that arise after its guards are built: such a variant runs uncompiled.
         unchecked = not self._capturing and len(fake_mode.shape_env.guards) > num_guards
         return gm.forward if unchecked else compiled
 
@@ -326,7 +330,7 @@ def _has_heads(record: ProjectedParameter) -> bool:
 
 
 def _fake_like(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake tensor with the layout of a real or fake one, its sizes fixed."""
+    """Returns a fake tensor with the sizes, strides, dtype and device of a real or fake one."""
     if isinstance(value, QuantizedTensor):
         return value.with_parts(lambda part: _fake_like(part, mode))
     with mode:
@@ -337,7 +341,7 @@ def _fake_like(value: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 def _stored_inputs(
     values: Sequence[object], wants_gradient: set[int], fake_mode: FakeTensorMode | None = None
 ) -> list[StoredInput]:
-    """The quantised tensors among a graph's inputs, with fresh leaves where a gradient is wanted."""
+    """Returns the quantised tensors among a graph's inputs, with new leaves where a gradient is needed."""
     found = []
     for index, value in enumerate(values):
         if isinstance(value, QuantizedTensor):
@@ -351,7 +355,7 @@ def _stored_inputs(
 
 
 def _in_parts(values: Sequence[object], stored: Sequence[StoredInput]) -> list[object]:
-    """The inputs as ``dequantize_inputs`` wants them."""
+    """Returns the inputs in the order that ``dequantize_inputs`` defines."""
     flat = list(values)
     for each in stored:
         flat[each.placeholder] = each.tensor.codes
@@ -360,7 +364,7 @@ def _in_parts(values: Sequence[object], stored: Sequence[StoredInput]) -> list[o
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A graph of its own with the same nodes: Dynamo still reads its graph's placeholders after the backend ran."""
+    """Returns a copy of a graph; Dynamo still reads the placeholders of its own graph after the backend has run."""
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(gm.graph, values)
@@ -373,7 +377,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _graph_identity(gm: fx.GraphModule) -> tuple[object, ...] | None:
-    """What two captures must share to be one region; None where sizes are symbols, which belong to one capture."""
+    """Returns the key by which captures share a region; None if they cannot: symbolic sizes or attributes."""
     autocast = [torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in ("cpu", "cuda")]
     recomputed = tuple(node.name for node in gm.graph.nodes if "recompute" in node.meta)
     described: list[object] = [gm.code, recomputed, *autocast]

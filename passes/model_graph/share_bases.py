@@ -1,7 +1,8 @@
-"""One basis for the weights of an attention that read the same input: who shares it, and what a graph then takes.
+"""Shares one basis among the weights of an attention that read the same input, and lists a graph's inputs accordingly.
 
-A weight is settled when its heads are first found, in a window in which it has no gradient yet: it takes the basis of
-the first candidate, queries before others, or keeps its own for good. So no basis has an owner that has another owner.
+Each weight is decided once, when its heads are first recognised, in a window in which it has no gradient yet. It takes
+the basis of the first candidate, queries first, or keeps its own for good. An owner thus never uses the basis of
+another weight.
 """
 
 import warnings
@@ -20,13 +21,13 @@ Records = Mapping[int, ProjectedParameter | None]
 def share_bases(
     new: Collection[int], records: Records, same_inputs: Mapping[int, Sequence[int]], heads: Sequence[HeadGroup]
 ) -> None:
-    """Settles the weights whose heads have just been found.
+    """Decides which of the weights with newly recognised heads use the basis of another weight.
 
     Args:
-        new: their placeholders.
-        records: of all parameters of the graph, by placeholder.
-        same_inputs: the weights that read the same values, as ``group_heads.same_inputs`` finds them.
-        heads: of the graph.
+        new: placeholder indices of these weights.
+        records: records of all parameters of the graph, by placeholder index; None if not projected.
+        same_inputs: result of ``group_heads.same_inputs``.
+        heads: the head groups of the graph.
     """
     queries = {group.placeholder for group in heads if group.role == "query"}
     for placeholder in new:
@@ -54,7 +55,7 @@ def share_bases(
 
 
 def weight_inputs(record: ProjectedParameter, form: GradientForm, records: Sequence[object]) -> dict[str, Tensor]:
-    """What a graph over these records takes for a weight: not a basis that it takes for another one already."""
+    """Returns the inputs of a graph over these records for one weight, without a basis that its owner provides."""
     inputs = record.graph_inputs(form)
     if owner_place(record, records) is not None:
         inputs.pop("basis", None)
@@ -62,7 +63,7 @@ def weight_inputs(record: ProjectedParameter, form: GradientForm, records: Seque
 
 
 def owner_place(record: ProjectedParameter | None, records: Sequence[object]) -> int | None:
-    """The place, among a graph's records, of the one whose basis a weight has; None where it has its own."""
+    """Returns the index of a weight's basis owner among a graph's records; None without an owner there."""
     owner = None if record is None else record.basis_owner
     return None if owner is None else next((i for i, other in enumerate(records) if other is owner), None)
 

@@ -1,14 +1,14 @@
-"""Pass: indexing with a list of one number becomes a slice.
+"""Pass: replaces indexing with a list of one number by a slice.
 
     before   y = x[..., [-2], :]
     after    y = x[..., -2:-1, :].clone()
 
-Falcon's multi-query attention indexes like this. The gradient of a slice is a padding; that of an index is an
-accumulating scatter, which Inductor (torch 2.13, CPU) writes into an expanded buffer when the gradient comes from a
-broadcast attention: the numbers are wrong by half and the heap is damaged (pytorch/pytorch#188084 describes one form
-of it).
+Falcon's multi-query attention indexes in this way. The gradient of a slice is a padding; the gradient of an index is an
+accumulating scatter. If the gradient comes from a broadcast attention, Inductor (torch 2.13, CPU) writes this scatter
+into an expanded buffer: the values are wrong by half and the heap is corrupted (pytorch/pytorch#188084 describes one
+form).
 
-ensures   unchanged where several indices are lists or tensors, which then are paired and not sliced.
+ensures   unchanged if several indices are lists or tensors, since these are paired instead of sliced.
 """
 
 import operator
@@ -20,7 +20,7 @@ from galore_fx.passes.pass_runner import Effect, note_effect
 
 
 def slice_single_indices(gm: fx.GraphModule, example_inputs: Sequence[object]) -> fx.GraphModule:
-    """Rewrites the indexing nodes of ``gm`` (in place)."""
+    """Rewrites the indexing nodes of ``gm`` in place; returns ``gm``."""
     count = 0
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is not operator.getitem or not isinstance(node.args[1], tuple):

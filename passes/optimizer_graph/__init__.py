@@ -1,1 +1,1 @@
-"""Passes over one optimizer step of one parameter, as an ATen graph."""
+"""Passes over the ATen graph of one optimizer step of one parameter."""

@@ -1,11 +1,11 @@
-"""The step of a residual: the same compiled body, run on some entries of the weight, and added where they are.
+"""Steps a weight's residual: runs the compiled body on some entries of the weight and adds the result there.
 
     body(R, states)         ->  L       W <- c W + back_project(L)
     body(G, states')        ->  L'      W[entries] <- c W[entries] + L'     rectified
     body(E, states')        ->  L'      W[entries] += L'                    additive
 
-The body is elementwise, so entries go through it as coordinates do. ``E = G - back_project(R)`` at the entries is made
-before the step (runtime/remainder/sparse.py).
+The body is elementwise, so it takes entries as it takes coordinates. ``E = G - back_project(R)`` at the entries is
+computed before the step (runtime/remainder/sparse.py).
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ class ResidualStep:
     """One step of one weight's residual.
 
     Attributes:
-        compiled, branch, values, scale: the step and the numbers it takes.
+        compiled, branch, values, scale: the compiled step, its branch and its numbers.
         tensors: states of the entries, changed in place.
-        state: those and their numbers.
-        record: the projection and the entries.
+        state: all states of the residual by name, ``tensors`` and scalar states among them.
+        record: record of the weight, with the projection and the entries.
         entries: G or E, (m, k); consumed.
     """
 
@@ -50,7 +50,7 @@ class ResidualStep:
     _made: tuple[Tensor, float] | None = None
 
     def read_weight(self, weight: Tensor) -> None:
-        """Takes what is wanted of the weight before the rest of the update changes it."""
+        """Copies the parts of the weight (m, n) that the step needs, before the update changes them."""
         record, residual = self.record, self.record.residual
         assert residual is not None
         if not (residual.variant == "rectified" or self.compiled.needs_weight):
@@ -58,7 +58,7 @@ class ResidualStep:
         self._before = before = entries_of(weight, residual.columns)
         if self.compiled.needs_weight and residual.variant == "rectified":  # an L2 decay
             self._read = before.clone()
-        elif self.compiled.needs_weight:  # the part inside the subspace decays there
+        elif self.compiled.needs_weight:  # the part inside the subspace decays in the subspace step
             inside = project(weight, record.basis, record.dim)
             self._read = before - back_projection_at(inside, record.basis, record.dim, residual.columns)
 
@@ -74,9 +74,9 @@ class ResidualStep:
             add_at_(weight, residual.columns, change)
 
     def add_to_rows_(self, change: Tensor, rows: slice) -> None:
-        """Adds the step to what is to be added to some rows of the weight, (rows, n), in place.
+        """Adds the step to the change of some rows of the weight, (rows, n), in place.
 
-        The factor of the weight is that of the step in the subspace: the same settings make both.
+        The factor of the weight is left to the subspace step, which computes the same one from the same settings.
         """
         residual = self.record.residual
         assert residual is not None
@@ -85,7 +85,7 @@ class ResidualStep:
         put(change, rows, residual.columns, made[rows])
 
     def _step(self) -> tuple[Tensor, float]:
-        """What is to be added at the entries, and the factor of the weight before that; made once."""
+        """Returns the change of the entries, (m, k), and the factor applied to them before; computed once."""
         if self._made is None:
             values, dtype = (*self.values, self.scale), self.record.weight.dtype
             about = (self.branch, self.entries, self.tensors, self.state, values, dtype, self._read)

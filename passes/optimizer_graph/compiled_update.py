@@ -1,6 +1,6 @@
-"""One lowered step, compiled: numbers on the host, the body in one kernel, and what it changes.
+"""Compiles and runs one lowered step: its numbers on the host, its body in one kernel.
 
-Over 8-bit states the body runs in slices, so that what it decodes stays small.
+With 8-bit states the body runs in slices, so that the decoded states stay small.
 """
 
 import functools
@@ -33,31 +33,34 @@ from galore_fx.runtime.subspace.projection import ProjectedDim, add_back_project
 from galore_fx.runtime.torch_private import compile_for_any_length
 from galore_fx.runtime.uniform_loop import alike
 
-# What a step over 8-bit states decodes at once: its float32 temporaries are at most so long.
+# Most elements that a step with 8-bit states decodes at once, and so the length of its float32 temporaries.
 SLICE_ELEMENTS = 2**20
-# Scalars of this many different steps are kept: parameters that lag behind (unused in a step) have their own.
+# Size of the cache of a step's numbers: parameters that lag behind (unused in a step) have their own step count.
 NUM_CACHED_STEPS = 8
 
 
 class Remainder(Protocol):
-    """The step of a weight's residual, beside that in the subspace."""
+    """Interface of the step of a weight's residual, which is applied after the step in the subspace."""
 
     def add_to_(self, weight: Tensor) -> None:
-        """Adds it to the weight, after the update in the subspace."""
+        """Adds the step to the weight (m, n) in place, after the update in the subspace."""
 
     def add_to_rows_(self, change: Tensor, rows: slice) -> None:
-        """Adds it to what is to be added to some rows of the weight."""
+        """Adds the step to the change of some rows of the weight, (rows, n), in place."""
 
 
 class CompiledUpdate:
-    """One lowered step with all its branches; the body is compiled by Inductor at the first call, for any length.
+    """One lowered step with all its branches; Inductor compiles the body at the first call, for any length.
 
     Args:
         traced: the branches.
-        rounding: for weights in 8 bits.
+        rounding: the compiled end of steps on projected weights in 16 or 8 bits.
         projected: whether the parameter is projected.
-        unsigned: where the states are in 8 bits, those that are never negative.
-        rounded: whether the weight, which is not projected, has 16 bits and is rounded stochastically.
+        unsigned: names of the states that are never negative if the states have 8 bits, otherwise None.
+        rounded: whether the weight is unprojected, has 16 bits and is rounded stochastically.
+
+    Raises:
+        OptimizerError: a branch cannot be lowered.
     """
 
     def __init__(
@@ -86,7 +89,12 @@ class CompiledUpdate:
         self._numbers = functools.lru_cache(NUM_CACHED_STEPS)(self._compute_numbers)
 
     def branch_for(self, values: tuple[float, ...], born: bool) -> int | None:
-        """Which branch these numbers take, None where none of them holds."""
+        """Returns the index of the branch whose guards hold for these numbers, or None.
+
+        Args:
+            values: the scalars of the traced step, in order.
+            born: whether this step creates the missing states of the parameter.
+        """
         taken = (i for i, step in enumerate(self._traced) if step.first == born and step.holds_for(values))
         return next(taken, None)
 
@@ -104,7 +112,15 @@ class CompiledUpdate:
         remainder: Remainder | None = None,
         probe: MovementProbe | None = None,
     ) -> None:
-        """Runs prologue, body and back-projection; the other arguments are those of ``UpdateCompiler.update``."""
+        """Runs prologue, body and back-projection.
+
+        Args:
+            branch: index from ``branch_for``.
+            weight, grad, state, record, rounding_key, complement, probe: see ``UpdateCompiler.update``.
+            tensors: the state tensors, in the order of the body's inputs.
+            values: the numbers of the prologue, the scale last.
+            remainder: step of the weight's residual, if it has one.
+        """
         if record is None:
             self._step_plain(branch, weight, grad, tensors, state, values, rounding_key, probe)
             return
@@ -144,7 +160,7 @@ class CompiledUpdate:
 
     @property
     def needs_weight(self) -> bool:
-        """Whether the step reads the weight, as Adam's L2 decay does."""
+        """Whether the step reads the weight, as L2 decay in Adam does."""
         return self._needs_weight
 
     def step_low(
@@ -157,15 +173,16 @@ class CompiledUpdate:
         weight_dtype: torch.dtype,
         read: Tensor | None,
     ) -> tuple[Tensor, float]:
-        """The step on what is not the weight itself: its coordinates in a subspace, or some of its entries.
+        """Runs the step on coordinates of the weight in a subspace, or on some of its entries.
 
         Args:
-            branch, grad, tensors, state, values: as of ``UpdateCompiler.update``; ``grad`` is consumed.
-            weight_dtype: of the weight.
-            read: what of the weight has the shape of ``grad``, where the step reads it.
+            branch, tensors, state, values: see ``__call__``.
+            grad: gradient of the coordinates or entries; consumed.
+            weight_dtype: dtype of the weight.
+            read: the corresponding part of the weight, the shape of ``grad``, if the step reads the weight.
 
         Returns:
-            What is to be added, of the shape of ``grad``, and the factor of the weight before that.
+            The change, of the shape of ``grad``, and the factor applied to the weight before it.
         """
         numbers, factor, new_scalars = self._numbers(branch, values, _compute_dtype(weight_dtype), grad.device)
         reads = [] if read is None else [read]
@@ -212,10 +229,10 @@ class CompiledUpdate:
         numbers: Tensor,
         key: Tensor | None,
     ) -> Callable[[], None]:
-        """Runs the body on copies of some elements, with the weight in float32, which nothing rounds.
+        """Runs the body on copies of some elements, with the weight in float32 or wider, so that nothing is rounded.
 
         Returns:
-            What is to be called when the step has been done.
+            A function to call after the step; it notes the intended and the realised movement in the probe.
         """
         num_elements = weight.numel() // BLOCK * BLOCK if self._is_quantized else weight.numel()  # whole blocks
         first = probe.turn % max(1, num_elements // SAMPLE_ELEMENTS) * SAMPLE_ELEMENTS
@@ -245,14 +262,14 @@ class CompiledUpdate:
         numbers: Tensor,
         key: Tensor | None = None,
     ) -> None:
-        """The body over whole blocks, a slice at a time, so that what it decodes stays small.
+        """Runs the body over whole blocks, a slice at a time, so that the decoded states stay small.
 
         Args:
-            whole: tensors of one element per code, which are written: weight if unprojected, gradient.
-            codes, scales: of each state.
+            whole: tensors with one element per code that are written: the weight if unprojected, the gradient.
+            codes, scales: uint8 codes and float32 scales of each state, changed in place.
             read: tensors like ``whole`` that are only read.
-            numbers: of the body.
-            key: of the rounding, where the body rounds a weight.
+            numbers: 1-D tensor of the numbers of the body.
+            key: 0-d int32 key of the rounding, if the body rounds a weight.
         """
         flat = [tensor.contiguous().view(-1).detach() for tensor in (*whole, *read)]
         num_elements = flat[0].numel()
@@ -271,7 +288,7 @@ class CompiledUpdate:
             )
         rest = num_elements - num_whole * BLOCK
         if rest:
-            # The last block in part: in copies, of two blocks, since a length of one would be compiled for itself.
+            # The last, partial block runs in padded copies of two blocks: a length of one would be specialised.
             padded = [functional.pad(tensor[-rest:], (0, 2 * BLOCK - rest)) for tensor in flat]
             last_codes = [functional.pad(code[-BLOCK:], (0, BLOCK)) for code in codes]
             last_scales = [functional.pad(scale[-1:], (0, 1)) for scale in scales]
@@ -296,7 +313,7 @@ class CompiledUpdate:
         numbers: Tensor,
         keys: Sequence[Tensor],
     ) -> None:
-        # Detached, as in ``_flat``: some are slices of a whole and some copies, which is all the same here.
+        # Detached, as in ``_flat``: Dynamo would tell slices from copies, a difference that does not matter here.
         in_blocks = [tensor.view(-1, BLOCK).detach() for tensor in (*whole[:num_written], *codes, *whole[num_written:])]
         scales = [scale.detach() for scale in scales]
         for tensor in in_blocks:
@@ -315,7 +332,7 @@ class CompiledUpdate:
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic is done in float32 at least, whatever is stored."""
+    """Returns the dtype of the arithmetic: that of the weight, but at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -327,7 +344,7 @@ def _add_in_place(
     complement: Complement | None,
     remainder: Remainder | None,
 ) -> None:
-    """As torch rounds: the back-projection in one product, then what the residual adds."""
+    """Adds the back-projection to the weight in one product, then the residual; rounds as torch does."""
     add_back_projection_(weight, update, record.basis, record.dim, factor)
     if complement is not None:
         complement.take_from_(weight)
@@ -336,14 +353,14 @@ def _add_in_place(
 
 
 def _keys(key: Tensor | None, start: int) -> tuple[Tensor, ...]:
-    """The last input of a body that rounds, for a part that begins at this element; nothing for one that does not."""
+    """Returns the last input of a body that rounds, for a part that begins at element ``start``; () without a key."""
     key = part_key(key, start)
     return () if key is None else (key,)
 
 
 def _flat(tensors: list[Tensor]) -> list[Tensor]:
-    """Flattened views where all are contiguous; as they are where one is not, since a copy would lose the update.
+    """Returns flat views if all tensors are contiguous, otherwise the tensors: a copy would lose the update.
 
-    Detached, and so no views to Dynamo: it would tell matrices from vectors by what they are views of.
+    The views are detached, so that Dynamo sees no views: it would distinguish views of matrices from views of vectors.
     """
     return [t.view(-1).detach() for t in tensors] if all(t.is_contiguous() for t in tensors) else tensors

@@ -3,7 +3,7 @@
 Each value of the traced graph gets one of three labels:
 
     SCALAR   a number: hyper-parameters, step counts, bias corrections
-    LOW      shaped like the projected gradient R: the gradient, the optimizer's state, all that state depends on
+    LOW      shaped like the projected gradient R: the gradient, the state, every tensor that the state depends on
     FULL     shaped like the weight
 
 and the graph is rebuilt as two:
@@ -11,16 +11,16 @@ and the graph is rebuilt as two:
     prologue   scalars -> the numbers the tensors need, on the host, in double precision
     body       R, state, those numbers -> the low-rank update L and the new state
 
-For AdamW, with ``c`` and ``L`` as below, what remains to be done to the weight is one matrix product:
+For AdamW, with ``c`` and ``L`` as below, one matrix product remains for the weight:
 
     traced     W1 = W * (1 - lr wd);  W2 = W1 + (-step_size) * m / d
     lowered    c = 1 - lr wd;         L = scale * (-step_size) * m / d;     W <- c W + back_project(L)
 
-The edge LOW -> FULL disappears: since back-projection is linear, a FULL value is kept as the pair (c, L) for as long
-as the optimizer only scales it and adds to it. On an edge FULL -> LOW (Adam's L2 decay: ``grad + wd * W`` feeds the
-state) the projected weight is used, with (c W + back_project(L)) projected = c * project(W) + scale * L.
+The edge LOW -> FULL disappears: back-projection is linear, so a FULL value is kept as the pair (c, L) as long as the
+optimizer only scales it and adds to it. An edge FULL -> LOW (Adam's L2 decay: ``grad + wd * W`` feeds the state) takes
+the projected weight: project(c W + back_project(L)) = c * project(W) + scale * L.
 
-An unprojected parameter is lowered by the same code with the weight as a LOW value; the body then updates it too.
+For an unprojected parameter the same code treats the weight as a LOW value; the body then updates the weight too.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ SCALE = "galore_scale"
 
 @dataclasses.dataclass(frozen=True)
 class LoweredStep:
-    """A step as prologue and body.
+    """A step, split into prologue and body.
 
     Attributes:
-        prologue: numbers -> (numbers of the body, ..., weight factor ``c``, new scalar states, ...).
+        prologue: scalars -> (numbers of the body, ..., weight factor ``c``, new scalar states, ...).
         body: (weight if unprojected, grad, state tensors, ..., projected weight if ``needs_weight``, numbers as a
             1-D tensor) -> (L, or the new weight if unprojected, new state tensors, ...). Works on any shape.
         inputs: names of the body's tensors before the numbers, in order.
         scalars: names of the prologue's inputs, in order.
-        num_slots: length of the body's 1-D tensor.
+        num_slots: length of the body's 1-D tensor of numbers.
     """
 
     prologue: fx.GraphModule
@@ -63,11 +63,11 @@ class LoweredStep:
 
 
 def lower_to_subspace(step: TracedStep, *, projected: bool) -> LoweredStep:
-    """Splits a traced step into prologue and body; for a projected parameter the body lives in the subspace.
+    """Splits a traced step into prologue and body; the body of a projected parameter works in the subspace.
 
     Raises:
-        OptimizerError: an operation that is not elementwise, or that does more to the weight than scale and add;
-            names it.
+        OptimizerError: an operation is not elementwise or does more to the weight than scale and add (the message
+            names it), or the step does not depend on the gradient.
     """
     return _Lowering(step, projected).run()
 
@@ -84,7 +84,7 @@ class _Low:
 
 @dataclasses.dataclass(frozen=True)
 class _Full:
-    """``factor * W + back_project(update)``, the update not yet multiplied by the scale."""
+    """``factor * W + back_project(update)``; the update is not yet multiplied by the scale."""
 
     factor: _Scalar
     update: _Low | None
@@ -137,7 +137,7 @@ class _Lowering:
         )
 
     def _make_inputs(self, nodes: Sequence[fx.Node]) -> list[str]:
-        """Placeholders of both graphs; low precision is widened to that of the numbers. Names of the body's tensors."""
+        """Creates the placeholders of both graphs, tensors widened to the numbers' dtype; returns the tensor names."""
         named = {node.meta["galore_fx"]["input"]: node for node in nodes if node.op == "placeholder"}
         tensors = [] if self.projected else ["weight"]
         tensors += ["grad", *self.step.new_tensors]
@@ -162,7 +162,7 @@ class _Lowering:
             plain = [a.value for a in arguments if isinstance(a, _Scalar)]
             return _Scalar(self.prologue.call_function(node.target, tuple(plain)))  # type: ignore[arg-type]
         if feeds_state:
-            # One LOW operand makes the value LOW; a purely FULL one (wd * W) is projected at the edge that mixes.
+            # One LOW operand makes the value LOW; a purely FULL value (wd * W) is projected where it meets a LOW one.
             if any(isinstance(a, _Low) for a in [*arguments, *keywords.values()]):
                 arguments = [self._into_subspace(a) if isinstance(a, _Full) else a for a in arguments]
         rule = _RULES.get(str(node.target))
@@ -189,7 +189,7 @@ class _Lowering:
             plain.append(argument.node if isinstance(argument, _Low) else argument.value)  # type: ignore[union-attr]
         return _Low(self.body.call_function(target, tuple(plain)))  # type: ignore[arg-type]
 
-    # The algebra of the three labels: everything the rules below are made of.
+    # The algebra of the three labels, from which the rules below are built.
 
     def add(self, a: _Value, b: _Value) -> _Value:
         if isinstance(a, _Full) or isinstance(b, _Full):
@@ -242,7 +242,7 @@ class _Lowering:
         return _Low(self.body.call_function(function, tuple(self._operand(a) for a in operands)))
 
     def _operand(self, value: _Value) -> fx.Node | float:
-        """The body's node of a LOW value, a constant, or the slot that carries a live number into the body."""
+        """Returns the body node of a LOW value, a constant, or the slot that passes a live number into the body."""
         if isinstance(value, _Low):
             return value.node
         assert isinstance(value, _Scalar)
@@ -300,7 +300,7 @@ def _ancestors(nodes: Sequence[Any]) -> set[fx.Node]:
 
 _ONE = _Scalar(1.0)
 _Rule = Callable[..., _Value]
-# The fused forms that torch.optim uses, in terms of the algebra; anything else elementwise passes through as it is.
+# The fused forms that torch.optim uses, in terms of the algebra; other elementwise operations are copied unchanged.
 _RULES: dict[str, _Rule] = {
     "aten.add.Tensor": lambda low, a, b, alpha=_ONE: low.add(a, low.mul(b, alpha)),
     "aten.sub.Tensor": lambda low, a, b, alpha=_ONE: low.add(a, low.mul(low.mul(b, alpha), _Scalar(-1.0))),
@@ -311,7 +311,7 @@ _RULES: dict[str, _Rule] = {
     "aten.detach.default": lambda low, a: a,
     "aten.detach_copy.default": lambda low, a: a,
     "aten.alias.default": lambda low, a: a,
-    # lerp's other branch (weight >= 0.5) is the same number, rounded otherwise.
+    # The other branch of lerp (weight >= 0.5) differs by rounding only.
     "aten.lerp.Scalar": lambda low, a, b, w: low.add(a, low.mul(low.add(b, low.mul(a, _Scalar(-1.0))), w)),
     "aten.addcmul.default": lambda low, a, b, c, value=_ONE: low.add(a, low.mul(low.mul(b, c), value)),
     "aten.addcdiv.default": lambda low, a, b, c, value=_ONE: low.add(a, low.div(low.mul(b, value), c)),

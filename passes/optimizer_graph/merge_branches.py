@@ -1,13 +1,13 @@
-"""Joins the branches of an optimizer's step into one body, so that a step count crossing a branch compiles nothing.
+"""Merges the branches of an optimizer step into one body, so that a step count that changes branch compiles nothing.
 
-RAdam takes another formula from about its sixth step on, SGD's first step makes the momentum that later ones read:
+RAdam changes its formula at about the sixth step; SGD creates in its first step the momentum that later steps read:
 
     branches   body_0(inputs, numbers_0) -> values_0          taken while guard_0 holds
                body_1(inputs, numbers_1) -> values_1          taken while guard_1 holds
     merged     inputs, (k, numbers_0, numbers_1) -> where(k == 1, values_1, values_0), written in place
 
-The bodies are elementwise and fused into one kernel, so a branch that is not taken costs arithmetic and no memory
-traffic. Its numbers are zero; what it makes of them, NaN included, is not selected.
+The bodies are elementwise and fused into one kernel, so a branch that is not taken costs arithmetic but no memory
+traffic. Its numbers are zero; its results, which may be NaN, are not selected.
 """
 
 import operator
@@ -18,15 +18,15 @@ from torch import fx
 
 from galore_fx.passes.optimizer_graph.lower_to_subspace import LoweredStep
 
-_FIRST_NUMBER = 1  # numbers[0] says which branch is taken
+_FIRST_NUMBER = 1  # numbers[0] is the index of the branch that is taken
 
 
 def merge_branches(branches: Sequence[LoweredStep], *, projected: bool) -> fx.GraphModule:
-    """The body of a step with one or several branches.
+    """Builds the body of a step with one or several branches.
 
     Args:
         branches: lowered steps of one class over the same tensors.
-        projected: whether they are of a projected parameter.
+        projected: whether the parameter is projected.
 
     Returns:
         A graph over (weight if unprojected, grad, state tensors, ..., projected weight if any branch needs it, numbers)
@@ -60,7 +60,7 @@ def merge_branches(branches: Sequence[LoweredStep], *, projected: bool) -> fx.Gr
 
 
 def numbers_of(branches: Sequence[LoweredStep], taken: int, slots: Sequence[float]) -> list[float]:
-    """The numbers of a merged body when ``branches[taken]`` runs with ``slots``."""
+    """Returns the numbers of a merged body that runs ``branches[taken]`` with ``slots``."""
     numbers = [float(taken)]
     for index, branch in enumerate(branches):
         numbers += slots if index == taken else [0.0] * branch.num_slots

@@ -1,15 +1,15 @@
-"""Pass: an optimizer's states are read and written in 8 bits, inside the one compiled step.
+"""Makes a step read and write the optimizer's states in 8 bits, inside the one compiled body.
 
     before   grad, m, v, numbers                          m.copy_(m'), v.copy_(v')
     after    grad, m, v, m_scales, v_scales, numbers
              m, m_scales <- encode(m'), encode of v' alike;  grad <- L
 
 requires  a merged body; its tensors come as whole blocks, (blocks, 256).
-ensures   states are decoded once and encoded once; the low-rank update is written over the gradient, whose memory is
-          free by then, so that a step in slices needs no other.
+ensures   each state is decoded once and encoded once. The low-rank update overwrites the gradient, which is no longer
+          needed then, so that a step in slices needs no other memory.
 
-Second moments are never negative and get the map without a sign, which has twice the cells. Which states those
-are is read from the graph: a sum of squares, a maximum with a magnitude.
+Second moments are never negative and get the unsigned map, which has twice the cells. The graph shows which states are
+never negative: a sum of squares, a maximum with a magnitude.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -26,20 +26,20 @@ _IF_ALL = frozenset({"add", "mul", "div", "minimum", "amax", "cat", "unsqueeze",
 
 
 def quantize_states(body: fx.GraphModule, states: Sequence[str], unsigned: Collection[str]) -> fx.GraphModule:
-    """The body over 8-bit states.
+    """Builds the body over 8-bit states.
 
     Args:
-        body: as ``merge_branches`` makes it; not changed.
+        body: from ``merge_branches``; not changed.
         states: names of its state tensors, all in 8 bits.
-        unsigned: those of them that are never negative.
+        unsigned: names of the states that are never negative.
 
     Returns:
         A graph over (weight if unprojected, grad, codes of each state, scales of each state, projected weight if
-        needed, numbers) that changes all before the projected weight in place and returns nothing.
+        needed, numbers) that changes all inputs before the projected weight in place and returns nothing.
     """
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
-    # By target: FX changes the name of a node that is called like a function of Python's, such as Adagrad's sum.
+    # By target: FX renames a node whose name is a Python builtin, such as Adagrad's sum.
     old = {str(node.target): node for node in body.graph.nodes if node.op == "placeholder"}
     inputs = {name: graph.placeholder(name) for name in old if name != "numbers" and name != "projected_weight"}
     scales = {name: graph.placeholder(f"{name}_scales") for name in states}
@@ -73,9 +73,9 @@ def quantize_states(body: fx.GraphModule, states: Sequence[str], unsigned: Colle
 
 
 def _inlined(graph: fx.Graph, function: Callable[..., Any], arguments: Sequence[fx.Node], *, signed: bool) -> Any:
-    """What decode or encode returns, as nodes of the graph with the map's numbers as literals.
+    """Inlines decode or encode into the graph, with the numbers of the map as literals; returns the result's nodes.
 
-    Dynamo would make inputs of them, and guards: floats are dynamic to it wherever they are read from.
+    Dynamo would turn these numbers into inputs with guards, because it treats floats as dynamic.
     """
     tracer = fx.proxy.GraphAppendingTracer(graph)
     made = function(*(fx.Proxy(node, tracer) for node in arguments), signed)
@@ -83,10 +83,10 @@ def _inlined(graph: fx.Graph, function: Callable[..., Any], arguments: Sequence[
 
 
 def never_negative(branches: Sequence[tuple[LoweredStep, Sequence[float]]], states: Sequence[str]) -> set[str]:
-    """Which states stay at or above zero through every branch if they start there.
+    """Returns the states that stay at or above zero in every branch if they start there.
 
     Args:
-        branches: lowered steps with the numbers that each body takes there; their signs are taken to be lasting.
+        branches: lowered steps with the numbers of each body; the signs of the numbers are assumed not to change.
         states: names of the state tensors, in the order of the bodies' outputs after the first.
     """
     found = set(states)
@@ -102,7 +102,7 @@ def never_negative(branches: Sequence[tuple[LoweredStep, Sequence[float]]], stat
 
 
 def _outputs(step: LoweredStep, numbers: Sequence[float], assumed: Collection[str]) -> list[bool]:
-    """For each output of a body whether it is surely not negative, if the states in ``assumed`` are not."""
+    """Returns for each output of a body whether it is provably not negative if the states in ``assumed`` are not."""
     placeholders = [node for node in step.body.graph.nodes if node.op == "placeholder"]
     known: dict[fx.Node, bool] = dict.fromkeys(placeholders, False)
     known.update((node, name in assumed) for node, name in zip(placeholders, step.inputs, strict=False))

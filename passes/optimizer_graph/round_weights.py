@@ -1,12 +1,12 @@
-"""How a new weight gets back into the 16 or 8 bits that it is stored in, without the weight in its wide form.
+"""Rounds a new weight to its storage format of 16 or 8 bits, without materialising the weight in float32.
 
-Of a projected weight, at the end of a step, in row blocks: one library product for the rows of the back-projection,
-what a residual adds to them, then one fused kernel that widens, adds and rounds. Its length is dynamic, so it serves
-weights of every shape.
+A projected weight is rounded at the end of a step, in row blocks: one library product computes the rows of the
+back-projection, a residual is added to them, and one fused kernel widens, adds and rounds. The length of the kernel is
+dynamic, so it serves weights of every shape.
 
     W  <-  round(c W + back_project(L) + ...)
 
-Of a weight that is not projected, inside the compiled body:
+An unprojected weight is rounded inside the compiled body:
 
     before   W.copy_(W')
     after    W.copy_(rounded_as(W', W, key))
@@ -27,19 +27,19 @@ from galore_fx.runtime.formats.rounding import rounded_as
 from galore_fx.runtime.torch_private import compile_for_any_length
 from galore_fx.runtime.uniform_loop import alike
 
-# What is formed of the back-projection at once: a CPU's cache, and what keeps a GPU busy with one launch.
+# Bytes of the back-projection computed at once: they fit into a CPU's cache, or keep a GPU busy with one launch.
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**25}
 _NUM_FACTORS = 8
-# (rows) -> what is added to these rows of a weight (rows, n); a new tensor, which may be changed.
+# (rows) -> the change of these rows of a weight, (rows, n); a new tensor, which the caller may overwrite.
 Change = Callable[[slice], Tensor]
 
 
 class CompiledRounding:
-    """The compiled ends of steps: a kernel for weights in 8 bits, one for those in 16.
+    """The compiled ends of steps: one kernel for weights in 8 bits and one for weights in 16 bits.
 
     Args:
-        device: the type of the device whose block sizes are taken, where that is not the weights' own: a plan for CUDA
-            is simulated on tensors that say they are the CPU's.
+        device: device type that sets the block size; None takes the weight's own. A plan for CUDA is simulated on CPU
+            tensors and passes "cuda".
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -49,15 +49,15 @@ class CompiledRounding:
         self._factor = functools.lru_cache(_NUM_FACTORS)(_factor_on)
 
     def add_(self, weight: Tensor, change: Change, decay: float, key: Tensor | None, part_rows: int) -> None:
-        """``W <- decay * W + change`` in place, rounded once.
+        """Computes ``W <- decay * W + change`` in place, rounded once.
 
         Args:
-            weight: (m, n), in 8 bits or in 16; changed.
-            change: what is added, by rows.
-            decay: factor of the weight, 1.0 to leave it.
-            key: 0-d int32, of the random numbers that round up or down (``random_thresholds.key_of``); None rounds to
-                the nearest.
-            part_rows: ``change`` is asked for rows that lie inside one of the parts of so many rows.
+            weight: (m, n), in 8 or 16 bits; changed.
+            change: computes the change of given rows.
+            decay: factor of the weight; 1.0 leaves it.
+            key: 0-d int32 key of the random numbers of stochastic rounding (``counter_rng.key_of``); None rounds to
+                nearest.
+            part_rows: rows of each part of the weight; no call of ``change`` crosses a part's boundary.
         """
         num_bytes = BLOCK_BYTES.get(self._device or weight.device.type, BLOCK_BYTES["cpu"])
         blocks = row_blocks(weight, num_bytes // product_dtype(weight.dtype).itemsize, part_rows)
@@ -70,7 +70,7 @@ class CompiledRounding:
                 part = weight[rows]
                 shape = (-1,) if part.is_contiguous() else tuple(part.shape)
                 start = part_key(key, rows.start * weight.shape[1])
-                # Detached, and so no views to Dynamo, which tells them apart by what they are views of.
+                # Detached, so that Dynamo sees no views: it would distinguish them by the tensors they view.
                 self._round_elements(part.view(shape).detach(), added.reshape(shape).detach(), factor, start)
 
     def _add_to_codes(
@@ -85,14 +85,14 @@ class CompiledRounding:
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the back-projection: the weight's, but for float16, whose range is too small for what is added to a weight."""
+    """Returns the dtype of the back-projection: the weight's, or float32 for float16, whose range is too small."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 
 def row_blocks(weight: Tensor, num_elements: int, part_rows: int) -> list[slice]:
-    """Blocks of a weight's rows of about so many elements at most, each inside one part of ``part_rows`` rows.
+    """Returns row blocks of about ``num_elements`` elements at most, each inside one part of ``part_rows`` rows.
 
-    Of a weight in 8 bits they are whole groups of elements.
+    Blocks of a weight in 8 bits hold whole quantisation groups.
     """
     num_rows, num_cols = weight.shape
     unit = GROUP // math.gcd(GROUP, num_cols) if isinstance(weight, QuantizedTensor) else 1
@@ -105,7 +105,7 @@ def row_blocks(weight: Tensor, num_elements: int, part_rows: int) -> list[slice]
 
 
 def wide_rows(weight: Tensor, rows: slice) -> Tensor:
-    """Some rows of a weight, as ``row_blocks`` gives them, in float32 or wider; a copy."""
+    """Returns a copy of a row block (see ``row_blocks``) of a weight, (rows, n), in float32 or wider."""
     if isinstance(weight, QuantizedTensor):
         num_cols = weight.shape[1]
         groups = slice(rows.start * num_cols // GROUP, rows.stop * num_cols // GROUP)
@@ -116,13 +116,13 @@ def wide_rows(weight: Tensor, rows: slice) -> Tensor:
 
 
 def round_full_weight(body: fx.GraphModule) -> fx.GraphModule:
-    """Pass on the body of an unprojected parameter's step: a weight in 16 bits is rounded stochastically.
+    """Makes the body of an unprojected parameter's step round a weight in 16 bits stochastically.
 
     Args:
-        body: as ``merge_branches`` or ``quantize_states`` makes it, with the placeholder ``weight``; changed.
+        body: from ``merge_branches`` or ``quantize_states``, with the placeholder ``weight``; changed.
 
     Returns:
-        The same, with one placeholder more behind all others: ``key``, 0-d int32.
+        ``body``, with one more placeholder after all others: ``key``, 0-d int32.
     """
     placeholders = {str(node.target): node for node in body.graph.nodes if node.op == "placeholder"}
     weight = placeholders["weight"]
@@ -138,7 +138,7 @@ def round_full_weight(body: fx.GraphModule) -> fx.GraphModule:
 
 
 def part_key(key: Tensor | None, start: int) -> Tensor | None:
-    """The key of a part that begins at element ``start``, so that an element draws the same in whichever part it is."""
+    """Returns the key of a part that begins at element ``start``, so that the draws do not depend on the partition."""
     if key is None:
         return None
     return (key + ((start + 2**31) % 2**32 - 2**31) if start else key).detach()

@@ -3,9 +3,9 @@
     inputs    weight, grad, one per state tensor, one per scalar (hyper-parameters and scalar state)
     outputs   new weight, new state tensors, new scalar state
 
-Every float of the param group (lr, betas, eps, weight_decay, ...) and every scalar of the state (step, mu_product)
-is a SymFloat while the step runs, so that the graph computes with their live values. Where the optimizer branches on
-one (``weight_decay != 0``) the outcome is a guard: another outcome needs another trace.
+Every float of the param group (lr, betas, eps, weight_decay, ...) and every scalar of the state (step, mu_product) is a
+SymFloat during the trace, so that the graph computes with live values. A branch of the optimizer on such a number
+(``weight_decay != 0``) adds a guard; the other outcome needs another trace.
 """
 
 import collections
@@ -37,12 +37,12 @@ _SHAPE = (3, 2)
 
 @dataclasses.dataclass(frozen=True)
 class StateLayout:
-    """What an optimizer class keeps per parameter.
+    """State that an optimizer class keeps per parameter.
 
     Attributes:
-        initial: value that fills each state tensor before the first step; None for one that the first step creates.
+        initial: fill value of each state tensor before the first step, by name; None if the first step creates it.
         scalars: initial value of each scalar state, by name.
-        format: how the tensors are stored.
+        format: storage format of the tensors.
     """
 
     initial: Mapping[str, float | None]
@@ -56,13 +56,13 @@ class TracedStep:
 
     Attributes:
         gm: the graph; placeholders ``weight``, ``grad``, the names of ``tensors``, the names of ``scalars``.
-        tensors: names of the state tensors that go in.
-        new_tensors: names of the state tensors that come out, in the order of the outputs after the weight.
+        tensors: names of the input state tensors.
+        new_tensors: names of the output state tensors, in the order of the outputs after the weight.
         scalars: names of the scalar inputs: ``lr``, ``betas.0``, ``state.step``, ...
-        new_scalars: names of the scalar states that come out last, without prefix.
-        first: whether it is a parameter's first step, at which states are still absent that the step makes.
-        guards: conditions on the scalars, as sympy, under which this graph is right.
-        holds_for: whether all of them hold for the values of ``scalars``, given in order.
+        new_scalars: names of the scalar states, which are the last outputs, without prefix.
+        first: whether this is a parameter's first step, which creates missing states.
+        guards: conditions on the scalars, as sympy expressions, under which this graph is valid.
+        holds_for: returns whether all guards hold for the values of ``scalars``, given in order.
     """
 
     gm: fx.GraphModule
@@ -77,11 +77,11 @@ class TracedStep:
 
 @dataclasses.dataclass(frozen=True)
 class GroupSettings:
-    """A param group, read once per step: what is live and what is baked into a graph.
+    """A param group, read once per step and split into live numbers and constants of the graph.
 
     Attributes:
-        floats: numbers by name, entries of tuples as ``name.index``.
-        switches: everything that is not a float, sorted by name.
+        floats: live numbers by name, entries of tuples as ``name.index``.
+        switches: all other settings, sorted by name; they are constants of a graph.
     """
 
     floats: Mapping[str, float]
@@ -89,12 +89,12 @@ class GroupSettings:
 
     @classmethod
     def read(cls, group: Mapping[str, Any]) -> "GroupSettings":
-        """The settings of a group now."""
+        """Reads the current settings of a group."""
         return cls(group_floats(group), group_switches(group))
 
 
 def group_floats(group: Mapping[str, Any]) -> dict[str, float]:
-    """The live scalars of a param group: numbers by name, entries of tuples as ``name.index``."""
+    """Returns the live numbers of a param group by name, entries of tuples as ``name.index``."""
     floats: dict[str, float] = {}
     for key, value in group.items():
         if _is_number(value) or (isinstance(value, Tensor) and value.ndim == 0):
@@ -105,7 +105,7 @@ def group_floats(group: Mapping[str, Any]) -> dict[str, float]:
 
 
 def group_switches(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """The settings of a param group that are baked into a graph: everything that is not a float."""
+    """Returns the settings of a param group that are constants of a graph: all that are not numbers, sorted by name."""
     floats = group_floats(group)
     names = [
         key for key in group if key not in ("params", "param_names") and key not in floats and f"{key}.0" not in floats
@@ -114,10 +114,11 @@ def group_switches(group: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def state_layout(optimizer_class: type[torch.optim.Optimizer], group: Mapping[str, Any]) -> StateLayout:
-    """What the class keeps per parameter, found by letting it initialise and step a small one.
+    """Returns the state that the class keeps per parameter, observed on a step of a small parameter.
 
     Raises:
-        OptimizerError: a state that is neither a number nor a tensor of the parameter's shape.
+        OptimizerError: a state is neither a number nor a tensor of the parameter's shape, or the class has no
+            ``_init_group``.
     """
     optimizer, parameter = _dummy(optimizer_class, group)
     _initialise(optimizer)
@@ -151,14 +152,14 @@ def trace_step(
 
     Args:
         optimizer_class: any class of ``torch.optim`` that treats the elements of a parameter alike.
-        group: a param group of it (floats are replaced by symbols, the rest is baked in).
+        group: a param group of the class; its floats become symbols, its other settings constants.
         layout: its state, from ``state_layout``.
-        scalars: current value of every float of the group and every scalar state (``state.`` before its name);
-            branches are taken for these.
-        first: whether states that the first step creates are still absent.
+        scalars: current value of every float of the group and every scalar state (prefix ``state.``); they decide
+            which branches are traced.
+        first: whether the states that the first step creates are still missing.
 
     Raises:
-        OptimizerError: the step cannot be traced; names the class and the cause.
+        OptimizerError: the step cannot be traced; the message names the class and the cause.
     """
     optimizer, parameter = _dummy(optimizer_class, group)
     shape_env = ShapeEnv()
@@ -207,7 +208,7 @@ def trace_step(
 
 
 class _ScalarCell(torch.Tensor):
-    """A scalar state that computes with a SymFloat where the optimizer thinks it holds a 0-d tensor."""
+    """A scalar state that holds a SymFloat where the optimizer expects a 0-d tensor."""
 
     value: Any
 
@@ -254,7 +255,7 @@ def _dummy(
     parameter = torch.nn.Parameter(torch.ones(_SHAPE))
     parameter.grad = torch.ones(_SHAPE)
     settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-    # Some classes fill their state when they are made (Adagrad), so they are made with the group's settings.
+    # Some classes fill their state in the constructor (Adagrad), so it is called with the group's settings.
     accepted = inspect.signature(optimizer_class).parameters
     optimizer = optimizer_class([parameter], **{k: v for k, v in settings.items() if k in accepted})
     optimizer.param_groups[0].update({**settings, **{k: v for k, v in _SWITCHES.items() if k in settings}})
@@ -262,7 +263,7 @@ def _dummy(
 
 
 def _initialise(optimizer: torch.optim.Optimizer) -> None:
-    """Lets the class make its lazy state, by the method that every class of ``torch.optim`` has for it."""
+    """Creates the lazy state of the class through ``_init_group``, which every class of ``torch.optim`` has."""
     initialise = getattr(optimizer, "_init_group", None)
     if initialise is None:
         raise OptimizerError(
@@ -291,7 +292,7 @@ def _name_placeholders(gm: fx.GraphModule, names: tuple[str, ...]) -> None:
 
 
 def _drop_bookkeeping(gm: fx.GraphModule) -> fx.GraphModule:
-    """Removes the profiler's marks, the cells' empty tensors and the copies back into the inputs."""
+    """Removes profiler marks, the empty tensors of the scalar cells and the copies back into the inputs."""
     for node in reversed(list(gm.graph.nodes)):
         target = str(node.target)
         dead_copy = target.startswith("aten.copy_") and not node.users

@@ -1,9 +1,9 @@
-"""Compiled updates: trace -> lower -> merge -> Inductor, once per optimizer class and setting, for all parameters.
+"""Compiles updates once per optimizer class and setting, for all parameters: trace -> lower -> merge -> Inductor.
 
     prologue (host numbers)  ->  body (one fused kernel, any shape)  ->  W <- c W + back_project(L)
 
-The body is elementwise, so parameters of every shape go through it flattened, and one kernel with a dynamic length
-serves all of them. Where the step branches on how many steps there were, all branches are in the one body.
+The body is elementwise, so one kernel with a dynamic length serves flattened parameters of every shape. If the step
+branches on the step count, the body contains all branches.
 """
 
 import dataclasses
@@ -38,38 +38,39 @@ from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 
 @dataclasses.dataclass
 class Variants:
-    """What has been compiled.
+    """Cache of compiled steps.
 
     Attributes:
-        steps: by class, settings, projected or not; several where the step branches on a hyper-parameter.
-        rounding: the end of steps over weights in 16 and 8 bits.
+        steps: compiled steps by class, projected or not, 8-bit states or not, rounded or not, settings and names of
+            the numbers; a list has several entries if the step branches on a hyper-parameter.
+        rounding: the compiled end of steps on weights in 16 and 8 bits.
     """
 
     steps: dict[object, list["CompiledUpdate"]] = dataclasses.field(default_factory=dict)
     rounding: CompiledRounding = dataclasses.field(default_factory=CompiledRounding)
 
 
-# Those of the process, for all its models.
+# Shared by all models of the process.
 _VARIANTS = Variants()
-# Step counts at which a class is asked for other branches than the one it takes now.
+# Step counts at which a class is traced to discover its other branches.
 _PROBED_STEPS = (0.0, 1.0, 10.0, 100.0, 1e4, 1e6)
 _STEP = f"{STATE_PREFIX}step"
-# Traced branches by class, settings and numbers: a budget is tried with many plans of one optimizer.
+# Traced branches by class, settings, numbers and initial states: the planner tries many plans of one optimizer.
 _TRACED: dict[object, list[TracedStep]] = {}
 
 
 class UpdateCompiler:
-    """The updates of one model's optimizer.
+    """Compiles and runs the updates of one model's optimizer.
 
     Attributes:
         optimizer_class: the class whose step is lowered.
 
     Args:
-        optimizer_class: the same.
-        defaults: its instance's ``defaults``: which keys of a param group are its settings. Others, such as a
-            scheduler's ``initial_lr`` or a group's name, are nobody's business here.
-        variants: where compiled steps are kept; those of the process by default.
-        state_bits: as of a recipe.
+        optimizer_class: the class whose step is lowered.
+        defaults: ``defaults`` of the optimizer, whose keys are its settings. Other keys of a param group, such as a
+            scheduler's ``initial_lr`` or a group's name, are ignored.
+        variants: cache of compiled steps; by default the one shared by the process.
+        state_bits: bits of the states, as in a recipe: 8, 32, or None for the dtype of the weight.
     """
 
     def __init__(
@@ -89,16 +90,20 @@ class UpdateCompiler:
 
     @property
     def num_graphs(self) -> int:
-        """Graphs this model has used: one per outcome of the step's branches, per projected or not."""
+        """Number of compiled steps that this model has used."""
         return len(self._used)
 
     def read(self, group: Mapping[str, Any]) -> GroupSettings:
-        """The settings of a param group as they are now, for ``layout`` and ``update``."""
+        """Reads the current settings of a param group, for ``layout`` and ``update``."""
         return GroupSettings.read({key: value for key, value in group.items() if key in self._defaults})
 
     def layout(self, settings: GroupSettings, group: Mapping[str, Any]) -> StateLayout:
-        """What the class keeps per parameter under these settings."""
-        # Whether a state exists can hang on a number being zero: SGD keeps a buffer only with momentum.
+        """Returns the state that the class keeps per parameter under these settings.
+
+        Raises:
+            OptimizerError: the state of the class cannot be kept in a subspace.
+        """
+        # Whether a state exists can depend on a number being zero: SGD keeps a buffer only with momentum.
         key = settings.switches, tuple(name for name, value in settings.floats.items() if value)
         if key not in self._layouts:
             layout = state_layout(self.optimizer_class, group)
@@ -116,7 +121,7 @@ class UpdateCompiler:
         return StateFormat(8, frozenset(never_negative(branches, list(layout.initial))))
 
     def check(self, group: Mapping[str, Any]) -> None:
-        """Traces and lowers a step without compiling it, so that what cannot be lowered fails at once.
+        """Traces and lowers a step without compiling it, so that an unsupported optimizer fails early.
 
         Raises:
             OptimizerError: the class cannot be lowered.
@@ -130,7 +135,11 @@ class UpdateCompiler:
             raise OptimizerError(f"{self.optimizer_class.__name__} cannot be lowered: {error}") from error
 
     def prepare(self, group: Mapping[str, Any]) -> None:
-        """Traces and lowers the steps of a group now; the first update of each kind only compiles."""
+        """Traces and lowers the steps of a group, so that the first update of each kind only has to compile.
+
+        Raises:
+            OptimizerError: the class cannot be lowered.
+        """
         settings = self.read(group)
         layout = self.layout(settings, group)
         values = (*settings.floats.values(), *layout.scalars.values())
@@ -139,7 +148,11 @@ class UpdateCompiler:
                 self._choose(group, settings, layout, values, projected, None in layout.initial.values(), quantized)
 
     def pass_records(self, group: Mapping[str, Any], *, projected: bool) -> list[PassRecord]:
-        """What each pass makes of the step of a parameter, for ``explain``; nothing is compiled."""
+        """Returns the effect of each pass on the step of a parameter, for ``explain``; compiles nothing.
+
+        Raises:
+            OptimizerError: the class cannot be lowered.
+        """
         settings = self.read(group)
         layout = self.layout(settings, group)
         scalars = _scalars(settings, layout)
@@ -197,22 +210,23 @@ class UpdateCompiler:
         complement: Complement | None = None,
         probe: MovementProbe | None = None,
     ) -> None:
-        """One optimizer step of one parameter, in place.
+        """Applies one optimizer step to one parameter, in place.
 
         Args:
-            weight: W, (m, n) if projected, else any shape.
-            grad: R if projected, else the full gradient; consumed.
-            state: the state tensors (shape of ``grad``) and 0-d scalar states, changed in place.
+            weight: W, (m, n) if projected, otherwise any shape.
+            grad: R if projected, otherwise the full gradient; consumed.
+            state: state tensors (the shape of ``grad``, or 8-bit codes and their scales) and 0-d scalar states,
+                changed in place.
             group: the param group.
-            settings: what ``read`` made of it in this step.
-            record: the projection, None for full rank.
+            settings: the settings that ``read`` returned for the group in this step.
+            record: record of the projected weight; None for full rank.
             scale: factor of the back-projected update.
-            first: whether this parameter has never been updated.
-            rounding_key: 0-d int32, of the random numbers that round a weight in 16 or 8 bits; None rounds it to the
+            first: whether this is the parameter's first update.
+            rounding_key: 0-d int32 key of the random numbers that round a weight in 16 or 8 bits; None rounds to
                 nearest.
-            entries: what of the gradient is for the record's residual, (m, k); consumed. None for nothing.
-            complement: the gradient without its projection, to be applied as the step scales the rest; consumed.
-            probe: compares the movement with what is intended, on some elements.
+            entries: gradient entries of the record's residual, (m, k); consumed. None skips the residual.
+            complement: the gradient without its projection, scaled like the rest of the step; consumed.
+            probe: compares the realised with the intended movement on some elements.
         """
         layout = self.layout(settings, group)
         projected = record is not None
@@ -243,7 +257,7 @@ class UpdateCompiler:
         *,
         rounded: bool = False,
     ) -> tuple["CompiledUpdate", int, tuple[float, ...]]:
-        """The compiled step for a state, its branch, and the numbers it takes."""
+        """Returns the compiled step for a state, its branch and its numbers."""
         values = (*settings.floats.values(), *[float(state[name]) for name in layout.scalars])
         born = first and None in layout.initial.values()
         quantized = layout.format.is_quantized(num_elements)
@@ -270,7 +284,7 @@ class UpdateCompiler:
         *,
         rounded: bool = False,
     ) -> tuple["CompiledUpdate", int]:
-        """The compiled step and its branch that these numbers take, traced now if they are new."""
+        """Returns the compiled step and the branch for these numbers; traces them if no known step holds for them."""
         names = (*settings.floats, *[STATE_PREFIX + name for name in layout.scalars])
         known = self._variants.steps.setdefault(
             (self.optimizer_class, projected, quantized, rounded, settings.switches, names), []
@@ -292,7 +306,7 @@ class UpdateCompiler:
     def _branches(
         self, group: Mapping[str, Any], settings: GroupSettings, layout: StateLayout, scalars: Mapping[str, float]
     ) -> list[TracedStep]:
-        """The step for these numbers, and its other branches at other step counts and at a parameter's first step."""
+        """Traces the step for these numbers, and its branches at other step counts and at a parameter's first step."""
         key = self.optimizer_class, settings.switches, tuple(scalars.items()), tuple(layout.initial.items())
         if key in _TRACED:
             return _TRACED[key]
@@ -310,5 +324,5 @@ class UpdateCompiler:
 
 
 def _scalars(settings: GroupSettings, layout: StateLayout) -> dict[str, float]:
-    """The group's numbers and the initial ones of the state, by their names in a traced step."""
+    """Returns the numbers of the group and the initial scalar states, by their names in a traced step."""
     return {**settings.floats, **{STATE_PREFIX + name: value for name, value in layout.scalars.items()}}

@@ -1,1 +1,1 @@
-"""What a call of the model or of one of its blocks runs, and what is refused."""
+"""Dispatch of calls of a model and its blocks, and guards against unsupported use."""

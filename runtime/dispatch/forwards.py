@@ -1,11 +1,11 @@
-"""Who runs when a region of the model is called: its compiled form, or the forward it came with.
+"""Replaced methods of a compiled model. The forward of a block chooses the form that runs:
 
-    training, grad enabled                  ->  compiled region (one per forward function, shared by its layers)
-    that cannot be captured; eval with grad  ->  the eager form: the original forward with projected linears
-    no_grad, inference_mode, generate()     ->  the original forward
+    training, grad enabled                           ->  compiled region, one per forward function and shared by layers
+    training, region not capturable; eval with grad  ->  eager form: the original forward with projected linears
+    no_grad, inference_mode, generate()              ->  the original forward
 
-Each model's blocks have their own code objects, since Dynamo keeps its variants per code object and would otherwise run
-out of them when several models share the class of a layer.
+The blocks of each model have their own code objects. Dynamo limits recompilations per code object, and models that
+share the class of a layer would otherwise reach that limit.
 """
 
 import functools
@@ -28,7 +28,7 @@ from galore_fx.runtime.torch_private import DynamoError, in_backward, refuse_uns
 
 
 class _StandIn:
-    """Stands in for a method of one module; a copied or pickled module gets its class's own method back."""
+    """Replaces a method of one module; a copied or pickled module gets the method of its class back."""
 
     method = "forward"
 
@@ -45,7 +45,7 @@ class _StandIn:
 
 
 def plain_method(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The method that the module's class defines, bound to it."""
+    """Returns the method that the module's class defines, bound to the module."""
     return types.MethodType(getattr(type(module), name), module)
 
 
@@ -53,11 +53,11 @@ class RegionFunction:
     """The compiled form of one forward function, for all blocks that use it.
 
     Attributes:
-        failure: why it is not used any more, None while it is.
+        failure: reason why the compiled form is no longer used; None while it is in use.
 
     Args:
-        compiled: takes the block and the arguments of its forward.
-        strict: raise where the block cannot be captured, and do not fall back.
+        compiled: compiled function; takes the block and the arguments of its forward.
+        strict: raise if a block cannot be captured, instead of falling back to the eager form.
     """
 
     def __init__(self, compiled: Callable[..., Any], strict: bool) -> None:
@@ -66,17 +66,24 @@ class RegionFunction:
         self._strict = strict
 
     def __call__(self, name: str, module: nn.Module, eager: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Runs one block compiled; in the eager form from the first time on that it cannot be captured.
+        """Runs one block compiled, or in the eager form once a capture has failed.
+
+        Args:
+            name: name of the block, "" for the whole model.
+            module: the block.
+            eager: its eager form; takes the block and the arguments of its forward.
+            *args, **kwargs: arguments of the forward.
 
         Raises:
-            CaptureError: it cannot be captured, with ``strict``.
+            CaptureError: the block cannot be captured and ``strict`` is set.
+            SettingError: a mode of torch is on that compiled blocks do not support.
         """
         if self.failure is None:
             refuse_unsupported_modes()
             if has_global_module_hooks():
                 _name_global_hooks()
                 return eager(module, *args, **kwargs)
-            if captures_outputs():  # by hooks that write into a list, for this call
+            if captures_outputs():  # during this call, by hooks that append to a list
                 return eager(module, *args, **kwargs)
             try:
                 return self._compiled(module, *args, **kwargs)
@@ -85,7 +92,7 @@ class RegionFunction:
                 message = f"{where} ({type(module).__name__}) could not be captured as one graph: {_reason(error)}"
                 if self._strict:
                     raise CaptureError(message) from error
-                # The block's own error, if it has one, is raised here and says more than Dynamo's.
+                # An error of the block itself is raised here; it is clearer than Dynamo's.
                 result = eager(module, *args, **kwargs)
                 self.failure = message
                 warnings.warn(
@@ -107,7 +114,7 @@ def _name_global_hooks() -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The telling lines of an error of Dynamo's or of a pass's."""
+    """Returns the informative lines of an error from Dynamo or from a pass."""
     inner: BaseException = error
     while isinstance(inner, DynamoError) and (inner.__cause__ or getattr(inner, "inner_exception", None)):
         inner = getattr(inner, "inner_exception", None) or inner.__cause__ or inner
@@ -117,10 +124,15 @@ def _reason(error: Exception) -> str:
 
 
 class CompiledForward(_StandIn):
-    """A region's forward: which form of it runs now.
+    """Forward of a region that chooses the form to run at each call.
 
     Attributes:
-        function: its compiled form, set before the first call.
+        function: the compiled form; set before the first call.
+
+    Args:
+        name: name of the region, "" for the whole model.
+        module: module of the region.
+        original: its previous forward.
     """
 
     function: RegionFunction
@@ -131,15 +143,15 @@ class CompiledForward(_StandIn):
         self.original = original
         self._ran_without_grad = False
 
-    # Opaque to an outer torch.compile, which would otherwise look into it and lose the projected gradients.
+    # Opaque to an outer torch.compile, which would otherwise trace it and lose the projected gradients.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Dispatches one call."""
+        """Runs the form that fits the current mode; see the module docstring."""
         recomputes = in_backward()
         if not torch.is_grad_enabled():
             self._ran_without_grad = self.module.training
             return self.original(*args, **kwargs)
-        # A reentrant checkpoint runs its forward without grad: the recomputation must draw the same dropout.
+        # A reentrant checkpoint runs its forward without grad; its recomputation must draw the same dropout.
         if not self.module.training or (recomputes and self._ran_without_grad):
             return run_eager(self.module, self.original, *args, **kwargs)
         if not recomputes:
@@ -151,18 +163,18 @@ class CompiledForward(_StandIn):
 
 
 class TrainingForward(_StandIn):
-    """The whole model's forward: a training call keeps no key-value cache.
+    """Forward of the whole model; a training call keeps no key-value cache.
 
-    transformers' ``use_cache=True`` default would hand each layer a cache object that training never reads; it is
-    switched off in the configurations for the duration of a training call, and restored after it.
+    With transformers' default ``use_cache=True`` each layer would get a cache object that training never reads. The
+    setting is off in the model's configurations during a training call and restored afterwards.
 
     Args:
         module: the model.
         original: its forward.
-        training: what runs in training in its place, with the module as first argument; None for the original.
+        training: replaces the forward in training and takes the module first; None for the original forward.
 
     Attributes:
-        check: called with the arguments of each training call before it runs; raises what it refuses.
+        check: called with the arguments before each training call; raises if it rejects them.
     """
 
     def __init__(
@@ -175,7 +187,11 @@ class TrainingForward(_StandIn):
         self._ran_in_eval = self._told_of_eval = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Dispatches one call."""
+        """Runs a training call without cache, any other call with the original forward.
+
+        Raises:
+            SettingError: a mode of torch is on that compiled blocks do not support.
+        """
         if not (self.module.training and torch.is_grad_enabled()):
             self._ran_in_eval = torch.is_grad_enabled()
             return self.original(*args, **kwargs)
@@ -191,7 +207,7 @@ class TrainingForward(_StandIn):
                 try:
                     return self.training(self.module, *args, **kwargs)
                 except DynamoError as error:
-                    # The model's own error, if it has one, is raised here and is no reason to give up.
+                    # An error of the model itself is raised here; the compiled head then stays in use.
                     result = self.original(*args, **kwargs)
                     self.training = None
                     warnings.warn(
@@ -203,7 +219,7 @@ class TrainingForward(_StandIn):
             return self.original(*args, **kwargs)
 
     def warn_of_eval(self, *_given: object) -> None:
-        """Called before each update: says once that a model is trained in eval mode."""
+        """Warns once if the model is trained in eval mode; called before each update."""
         if self._ran_in_eval and not self.module.training and not self._told_of_eval:
             self._told_of_eval = True
             warnings.warn(
@@ -214,7 +230,7 @@ class TrainingForward(_StandIn):
 
 
 class OpaqueForward(_StandIn):
-    """The forward of a part that holds blocks, into which Dynamo does not look when it captures head and loss."""
+    """Forward of a module that contains blocks; Dynamo does not trace it when it captures head and loss."""
 
     def __init__(self, module: nn.Module, original: Callable[..., Any]) -> None:
         super().__init__(module)
@@ -222,12 +238,12 @@ class OpaqueForward(_StandIn):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The original forward."""
+        """Runs the original forward."""
         return self.original(*args, **kwargs)
 
 
 class ClearingZeroGrad(_StandIn):
-    """The whole model's ``zero_grad``: forgets projected gradients too, which are no parameter's ``.grad``."""
+    """``zero_grad`` of the whole model; also clears projected gradients, which are not in a parameter's ``.grad``."""
 
     method = "zero_grad"
 
@@ -236,21 +252,21 @@ class ClearingZeroGrad(_StandIn):
         self._zero_grad = zero_grad
 
     def __call__(self, set_to_none: bool = True) -> None:
-        """As ``nn.Module.zero_grad``."""
+        """Clears all gradients, like ``nn.Module.zero_grad``."""
         plain_method(self.module, self.method)(set_to_none)
         self._zero_grad(set_to_none)
 
 
 class FixedPlace(_StandIn):
-    """The model's ``_apply``, which ``to``, ``cuda``, ``half`` and the like call: it may change nothing."""
+    """``_apply`` of the model, used by ``to``, ``cuda`` and ``half``; rejects any change of the parameters."""
 
     method = "_apply"
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> nn.Module:
-        """Lets a call pass that leaves the parameters where and as they are; buffers stay in any case.
+        """Accepts a call that keeps device and dtype of the parameters; buffers are never changed.
 
         Raises:
-            UsageError: a parameter would move, be cast or be replaced.
+            UsageError: a parameter would be moved, cast or replaced.
         """
         parameters = list(self.module.parameters())
         for dtype, device in {(parameter.dtype, parameter.device) for parameter in parameters}:
@@ -268,19 +284,19 @@ class FixedPlace(_StandIn):
 
 
 class PlainSave(_StandIn):
-    """The model's ``save_pretrained`` (transformers): ordinary weights where it holds quantised or normalised ones."""
+    """``save_pretrained`` (transformers) of the model; writes ordinary weights for quantised and normalised ones."""
 
     method = "save_pretrained"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the model holds such weights, too."""
+        """Returns the same for a copy of the model, which has such weights too."""
         return PlainSave(memo[id(self.module)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PlainSave, (self.module,)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' ``save_pretrained``; the state given, or else the model's, is made ordinary first."""
+        """Calls transformers' ``save_pretrained`` on the given or the model's state, with ordinary weights."""
         given = self.__signature__.bind(*args, **kwargs)
         state = given.arguments.get("state_dict") or self.module.state_dict()
         given.arguments["state_dict"] = plain_tensors(with_merged_weights(self.module, state))

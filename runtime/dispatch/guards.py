@@ -1,4 +1,4 @@
-"""What of torch's would train a compiled model wrongly without a word: refused, or named in a warning."""
+"""Rejects, or warns of, uses of torch that would silently train a compiled model incorrectly."""
 
 import functools
 import warnings
@@ -13,21 +13,21 @@ from galore_fx.runtime.subspace.projected_parameter import REGISTRY
 
 @functools.cache
 def refuse_other_optimizers(own: type[torch.optim.Optimizer]) -> None:
-    """From now on no optimizer but one of this class steps a projected weight, which has no gradient for another.
+    """Makes ``step()`` of optimizers of other classes fail on projected weights, whose ``.grad`` they would not get.
 
-    Raises (in the other one's ``step()``):
-        UsageError: names the optimizer and the weight.
+    Raises (in ``step()`` of the other optimizer):
+        UsageError: the optimizer holds a projected weight, or wraps ours and moves weights as SAM does.
     """
 
     def refuse(optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         if isinstance(optimizer, own) or isinstance(getattr(optimizer, "optimizer", None), own):
-            return  # ours, alone or inside a wrapper that moves weights as they are, such as Lookahead
+            return  # ours, alone or in a wrapper that reads no gradients, such as Lookahead
         base = getattr(optimizer, "base_optimizer", None)
         if isinstance(base, own):
             if not any(True for _ in base.records):  # type: ignore[attr-defined]
-                return  # at full rank: all gradients are there
+                return  # at full rank, so every parameter has its gradient
             raise UsageError(
                 f"this {type(optimizer).__name__} moves weights along their .grad between two backwards, as SAM does, "
                 "and projected weights have none: only the others would be perturbed. Use recipe='full', whose "
@@ -46,10 +46,10 @@ def refuse_other_optimizers(own: type[torch.optim.Optimizer]) -> None:
 
 
 def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
-    """Raises where a ``GradScaler`` has called ``step()``, which tells the optimizer of it by two attributes.
+    """Rejects a ``step()`` called by a ``GradScaler``, which announces itself by two attributes of the optimizer.
 
     Raises:
-        UsageError: so it has.
+        UsageError: a ``GradScaler`` called ``step()``.
     """
     if hasattr(optimizer, "found_inf"):
         for name in ("found_inf", "grad_scale"):
@@ -61,7 +61,7 @@ def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
 
 
 def warn_of_processes() -> None:
-    """Says once where several processes train together that each has gradients of its own."""
+    """Warns once in distributed training that projected gradients are not reduced over the processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         _name_processes(torch.distributed.get_world_size())
 

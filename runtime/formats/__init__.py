@@ -1,1 +1,1 @@
-"""How numbers are stored: in 8 and 4 bits, rounded by chance, and as the state that is saved."""
+"""Number formats: 8- and 4-bit tensors, stochastic rounding, and the storage of optimizer state."""

@@ -1,22 +1,22 @@
-"""Random numbers from a counter: the same for the same seed, update and element, whatever device or order they are in.
+"""Counter-based random numbers: equal for equal seed, update and element, on any device and in any order.
 
-Nothing is kept between calls, so a resumed run draws what the uninterrupted one would have, and so do the ranks of a
-parallel one. An element's number is a hash of its index and of a key that the host makes for each tensor and update.
+No state is kept between calls, so a resumed run and all ranks of a parallel run draw the same numbers. The number of an
+element is a hash of its index and of a key, which the host computes for each tensor and update.
 
-Source: the keys by SplitMix64, Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", OOPSLA. The
-hash is two rounds of xor-shift and multiply, with the constants of one of C. Wellons's hash-prospector's results.
+Source: the keys use SplitMix64, Steele, Lea, Flood 2014, "Fast Splittable Pseudorandom Number Generators", OOPSLA. The
+hash is two rounds of xor-shift and multiply, with constants from the results of C. Wellons's hash-prospector.
 """
 
 import torch
 from torch import Tensor
 
 _MASK_64 = 2**64 - 1
-_NUM_BITS = 24  # what a float32 holds exactly
-_ROW = 4  # numbers of a table's row, so that each begins at a multiple of 16 bytes, as kernels want it
+_NUM_BITS = 24  # a float32 holds as many exactly
+_ROW = 4  # int32 numbers per table row: kernels need rows aligned to 16 bytes
 
 
 def key_of(seed: int, *numbers: int) -> int:
-    """A key from a seed and what tells the draws apart, as a number of 32 bits with a sign."""
+    """Returns a key, a signed 32-bit number, from a seed and the numbers that distinguish the draw."""
     state = 0
     for number in (seed, *numbers):
         state = _mixed((state ^ (number & _MASK_64)) + 0x9E3779B97F4A7C15)
@@ -24,7 +24,7 @@ def key_of(seed: int, *numbers: int) -> int:
 
 
 def generator_of(key: int) -> torch.Generator:
-    """torch's own generator, on the CPU, started from a key of ``key_of``."""
+    """Returns a torch CPU generator seeded with a key from ``key_of``."""
     return torch.Generator().manual_seed(key & 0xFFFFFFFF)
 
 
@@ -36,16 +36,16 @@ def _mixed(state: int) -> int:
 
 
 def random_bits(counters: Tensor, key: Tensor) -> Tensor:
-    """32 random bits for each counter.
+    """Returns 32 random bits for each counter.
 
     Args:
         counters: int32, the indices of the elements.
-        key: 0-d int32, the bits of a key. That of a part which begins at element s is the whole's key plus s.
+        key: 0-d int32, the key. For a part that begins at element s, pass the key of the whole tensor plus s.
 
     Returns:
-        int32, of the shape of ``counters``.
+        int32, the shape of ``counters``.
     """
-    # Sums and products wrap around; a shift to the right brings in copies of the sign, which the masks take off.
+    # Sums and products wrap around. A right shift brings in copies of the sign bit, which the masks clear.
     bits = counters + key
     bits = bits ^ ((bits >> 15) & 0x1FFFF)
     bits = bits * 0x2C1B3C6D
@@ -55,17 +55,17 @@ def random_bits(counters: Tensor, key: Tensor) -> Tensor:
 
 
 def uniform_numbers(counters: Tensor, key: Tensor) -> Tensor:
-    """A number in [0, 1), a multiple of 2^-24, for each counter; float32. Arguments are those of ``random_bits``."""
+    """Returns a float32 number in [0, 1), a multiple of 2^-24, for each counter. Arguments as for ``random_bits``."""
     leading = (random_bits(counters, key) >> (32 - _NUM_BITS)) & (2**_NUM_BITS - 1)
     numbers: Tensor = leading.to(torch.float32) * 2.0**-_NUM_BITS
     return numbers
 
 
 class UpdateKeys:
-    """The keys of one optimizer's parameters, on the device, made once per update.
+    """Computes the keys of all parameters of an optimizer once per update and keeps them on the device.
 
     Args:
-        seed: of all of them.
+        seed: seed of all keys.
     """
 
     def __init__(self, seed: int) -> None:
@@ -74,7 +74,7 @@ class UpdateKeys:
         self._table = torch.empty(0)
 
     def of(self, num_updates: int, number: int, count: int, device: torch.device) -> Tensor:
-        """The key of parameter ``number`` of ``count`` in the update after ``num_updates`` others; 0-d int32."""
+        """Returns the 0-d int32 key of parameter ``number`` of ``count`` after ``num_updates`` finished updates."""
         made_for = num_updates, count, device
         if made_for != self._made_for:
             keys = [[key_of(self._seed, num_updates, each)] + [0] * (_ROW - 1) for each in range(count)]

@@ -1,14 +1,14 @@
-"""Tensors as small integers: groups of 256 elements, each with a scale and a zero point.
+"""Tensors of small integers: groups of 256 elements, each with a scale and a zero point.
 
-    value = (code - zero) * scale         codes 0 to 2^bits - 1, in 8 or 4 bits; 4-bit codes lie two in a byte
+    value = (code - zero) * scale         codes 0 to 2^bits - 1, in 8 or 4 bits; 4-bit codes are packed two per byte
 
-Source: the asymmetric group quantiser of Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, equation 1. Where the released
-code goes wrong, this does not: the range of a group always holds zero (a group of values that are all positive would
-lose its offset), codes of 4 bits are packed, and all arithmetic is float32.
+Source: the asymmetric group quantiser of Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, equation 1. This code corrects
+three errors of the released code. The range of a group always includes zero (an all-positive group would lose its
+offset), 4-bit codes are packed, and all arithmetic is float32.
 
-A group's grid (scale and zero point) of 8 bits has one step to spare, so that rounding either way stays inside it. It
-is kept from update to update while the group still fits into it and fills enough of it: on a grid that stays, only
-elements that move are rounded, and each of them by the chance of its own movement.
+The 8-bit grid of a group (scale and zero point) has one step to spare, so rounding up or down stays inside it. A grid
+is kept across updates while its group fits into it and fills enough of it. On a kept grid only the elements that move
+are rounded, each with the probability of its own movement.
 """
 
 import torch
@@ -18,36 +18,36 @@ from galore_fx.runtime.formats.rounding import round_to_bfloat16
 from galore_fx.runtime.uniform_loop import alike
 
 GROUP = 256
-# A zero point per byte, and a scale in bfloat16: 3 bytes for each group.
+# A one-byte zero point and a bfloat16 scale: 3 bytes per group.
 SCALE_DTYPE = torch.bfloat16
 GRID_BYTES = SCALE_DTYPE.itemsize + 1
 _NUM_STEPS = {4: 15, 8: 254}
-# bfloat16 rounds by up to 2^-8, and a scale must not come out smaller than the range asks for.
+# bfloat16 rounds by up to 2^-8; this factor keeps a rounded scale large enough for its range.
 _ROUNDING_UP = 1.004
 _SMALLEST_SCALE = 2.0**-120
-# So much wider than its group is a new grid, since weights move, and so many times as wide is one that is given up.
+# A new grid is wider than its group by this fraction, since weights move; one _WIDEST times as wide is replaced.
 _HEADROOM = {4: 0.0, 8: 1 / 16}
 _WIDEST = 1.5
-# As many are quantised at once, so that the float32 copy is small.
+# Groups quantised at once; this bounds the float32 copy.
 _SLICE_GROUPS = 2**20 // GROUP
 
 
 def num_groups(num_elements: int) -> int:
-    """Groups of a tensor of that many elements; the last may be partly unused."""
+    """Returns the number of groups of a tensor with this many elements; the last may be partly unused."""
     return -(-num_elements // GROUP)
 
 
 def stored_bytes(num_elements: int, bits: int) -> int:
-    """Bytes of a tensor of that many elements: codes, scales and zero points."""
+    """Returns the bytes of a tensor with this many elements: codes, scales and zero points."""
     return num_groups(num_elements) * (GROUP * bits // 8 + GRID_BYTES)
 
 
 def fit_grids(lowest: Tensor, highest: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The grids of groups whose elements lie in these ranges.
+    """Returns the grids of groups whose elements lie in these ranges.
 
     Args:
-        lowest, highest: (groups,) float32.
-        bits: of a code.
+        lowest, highest: (groups,) float32, ends of the ranges.
+        bits: bits of a code, 4 or 8.
 
     Returns:
         Scales (groups,) in ``SCALE_DTYPE`` and zero points (groups,) uint8.
@@ -62,11 +62,11 @@ def fit_grids(lowest: Tensor, highest: Tensor, bits: int) -> tuple[Tensor, Tenso
 
 
 def quantize(elements: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest codes of a tensor, and its grids.
+    """Returns the nearest codes of a tensor, and its grids.
 
     Args:
         elements: any shape and floating dtype; finite.
-        bits: 4 or 8.
+        bits: bits of a code, 4 or 8.
 
     Returns:
         Codes (groups, 256 * bits / 8) uint8, scales (groups,) bfloat16, zero points (groups,) uint8.
@@ -93,12 +93,12 @@ def _quantize_slice(flat: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """The tensor that ``quantize`` was given, as far as its codes tell.
+    """Reconstructs a tensor from its codes and grids.
 
     Args:
-        codes, scales, zeros: as it returned them.
-        bits: 4 or 8.
-        shape, dtype: of the tensor.
+        codes, scales, zeros: as returned by ``quantize``.
+        bits: bits of a code, 4 or 8.
+        shape, dtype: shape and dtype of the result.
     """
     flat = _values(unpack(codes) if bits == 4 else codes, scales, zeros).to(dtype).view(-1)
     num_elements = 1
@@ -113,32 +113,32 @@ def _values(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes (groups, 256) of 4 bits, two in a byte: (groups, 128), the even one in the low half."""
+    """Packs 4-bit codes (groups, 256) two per byte, (groups, 128); the even one is in the low half."""
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """The codes (groups, 256) that ``pack`` was given."""
+    """Returns the codes (groups, 256) of packed bytes (groups, 128); inverse of ``pack``."""
     return torch.stack((packed & 15, packed >> 4), 2).view(packed.shape[0], -1)
 
 
 def add_and_round(
     codes: Tensor, scales: Tensor, zeros: Tensor, change: Tensor, factor: Tensor, thresholds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``factor * values + change`` in 8 bits again, each element rounded up where its remainder exceeds a threshold.
+    """Computes ``factor * values + change`` and quantises it to 8 bits again.
 
-    With thresholds that are uniform in [0, 1) the expectation of the result is the sum itself; with 0.5 it is the
-    nearest.
+    An element is rounded up where its fractional part exceeds its threshold. With thresholds uniform in [0, 1) the
+    expectation of the result is the exact sum; with 0.5 the result is the nearest code.
 
     Args:
         codes: (groups, 256) uint8.
-        scales, zeros: (groups,).
+        scales, zeros: (groups,) bfloat16 and (groups,) uint8.
         change: (groups, 256), any floating dtype.
         factor: 0-d float32.
         thresholds: (groups, 256) float32, or 0-d.
 
     Returns:
-        New codes, scales and zero points.
+        New codes, scales and zero points, in the shapes and dtypes of the old ones.
     """
     moved = _values(codes, scales, zeros) * factor + change.to(torch.float32)
     lowest, highest = moved.amin(1).clamp(max=0.0), moved.amax(1).clamp(min=0.0)

@@ -1,8 +1,8 @@
-"""``QuantizedTensor``: a tensor that is stored as 8- or 4-bit codes and is an ordinary one to all who use it.
+"""``QuantizedTensor``: a tensor that is stored as 8- or 4-bit codes and used like an ordinary tensor.
 
-Operations see its values: whatever is done to it is done to a dequantised copy, which is gone afterwards. What autograd
-saves of it is the tensor itself, so an eager linear layer keeps codes and no copy until its backward. Copying into it
-quantises; copying, moving, saving and loading it keep the codes as they are. Its gradient is an ordinary tensor.
+Operations run on a temporary dequantised copy. Autograd saves the quantised tensor itself, so an eager linear layer
+keeps only the codes until its backward. Copying into it quantises; copying, moving, saving and loading it keep the
+codes unchanged. Its gradient is an ordinary tensor.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,15 +19,15 @@ _aten = torch.ops.aten
 
 
 class QuantizedTensor(Tensor):
-    """A tensor in 8 or 4 bits, in groups of 256 consecutive elements.
+    """A tensor in 8 or 4 bits, quantised in groups of 256 consecutive elements.
 
     Attributes:
-        codes: (groups, 256) uint8, (groups, 128) where two lie in a byte.
+        codes: (groups, 256) uint8 for 8 bits; (groups, 128) for 4 bits, two codes per byte.
         scales: (groups,) bfloat16.
         zeros: (groups,) uint8.
-        bits: of a code, 8 or 4.
+        bits: bits of a code, 8 or 4.
 
-    Its shape, dtype and device are those of the tensor it stands for.
+    It reports the shape, dtype and device of the tensor that it represents.
     """
 
     codes: Tensor
@@ -40,7 +40,7 @@ class QuantizedTensor(Tensor):
     def __new__(
         cls, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype
     ) -> "QuantizedTensor":
-        """Around codes as ``group_quantizer.quantize`` returns them."""
+        """Wraps codes and grids as ``groupwise.quantize`` returns them."""
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=codes.device)
         made.codes, made.scales, made.zeros, made.bits = codes, scales, zeros, bits
         return made
@@ -50,36 +50,36 @@ class QuantizedTensor(Tensor):
 
     @classmethod
     def of(cls, tensor: Tensor, bits: int) -> "QuantizedTensor":
-        """The nearest one to a tensor."""
+        """Quantises a finite tensor to the nearest codes of 4 or 8 bits."""
         return cls(*quantize(tensor, bits), bits, tensor.shape, tensor.dtype)
 
     def dequantized(self) -> Tensor:
-        """An ordinary tensor of the same values, dtype and device."""
+        """Returns an ordinary tensor with the same values, shape, dtype and device."""
         return dequantize(self.codes, self.scales, self.zeros, self.bits, list(self.shape), self.dtype)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales and zero points."""
+        """The codes, scales and zero points."""
         return self.codes, self.scales, self.zeros
 
     def with_parts(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "QuantizedTensor":
-        """One of the same values whose parts are what ``change`` makes of this one's, and perhaps of another dtype."""
+        """Returns a tensor with ``change`` applied to each part, and with another reported dtype if one is given."""
         codes, scales, zeros = map(change, self.parts)
         return QuantizedTensor(codes, scales, zeros, self.bits, self.shape, dtype or self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        """For torch.compile and serialisation."""
+        """Returns the names of the parts and the metadata, for torch.compile and serialisation."""
         return ["codes", "scales", "zeros"], (self.bits, tuple(self.shape), self.dtype)
 
     @classmethod
     def __tensor_unflatten__(
         cls, parts: dict[str, Tensor], about: tuple[Any, ...], _size: Any, _stride: Any
     ) -> "QuantizedTensor":
-        """The reverse."""
+        """Rebuilds the tensor from its parts; inverse of ``__tensor_flatten__``."""
         return cls(parts["codes"], parts["scales"], parts["zeros"], *about)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Says what it is, without its values."""
+        """Describes the tensor without its values."""
         return (
             f"QuantizedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', bits={self.bits})"
         )
@@ -88,7 +88,11 @@ class QuantizedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs an operation on the values, or on the codes where they stay what they are."""
+        """Runs an operation on the dequantised values, or on the codes if it leaves them unchanged.
+
+        Raises:
+            UsageError: an operation other than ``copy_`` writes into the tensor.
+        """
         kwargs = kwargs or {}
         own = _ON_CODES.get(func)
         if own is not None and isinstance(args[0], cls):
@@ -105,7 +109,7 @@ class QuantizedTensor(Tensor):
 
 
 def gradient_leaf(weight: Tensor) -> Tensor:
-    """A zero of the weight's shape and dtype without storage of its own; its gradient becomes the weight's."""
+    """Returns a storage-free zero of the weight's shape and dtype; its gradient flows to the weight."""
     leaf: Tensor = _GradientOf.apply(weight)
     return leaf
 
@@ -121,7 +125,7 @@ class _GradientOf(torch.autograd.Function):
 
 
 def plain_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with ordinary tensors in the place of quantised ones; those are made on the CPU, one by one."""
+    """Returns a state dict with ordinary CPU tensors instead of quantised ones, dequantised one by one."""
     return {
         name: value.with_parts(Tensor.cpu).dequantized() if isinstance(value, QuantizedTensor) else value
         for name, value in state.items()
@@ -129,7 +133,7 @@ def plain_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stored_tensors(tensor: Tensor) -> tuple[Tensor, ...]:
-    """What holds a tensor's memory: its parts, or itself."""
+    """Returns the tensors that own the memory: the parts of a quantised tensor, otherwise the tensor itself."""
     return tensor.parts if isinstance(tensor, QuantizedTensor) else (tensor,)
 
 
@@ -166,7 +170,7 @@ def _copy_(_func: Any, tensor: QuantizedTensor, source: Tensor, _non_blocking: b
 
 
 def _empty_like(_func: Any, tensor: QuantizedTensor, **settings: Any) -> Tensor:
-    """Ordinary, as a gradient or an optimizer's state is."""
+    """Returns an ordinary tensor, as gradients and optimizer states need."""
     about = {"dtype": tensor.dtype, "device": tensor.device, **{k: v for k, v in settings.items() if v is not None}}
     about.pop("memory_format", None)
     return torch.empty(tensor.shape, **about)

@@ -1,11 +1,11 @@
-"""float32 values on the grid of a narrower format, by their bits: to the nearest, or up or down by chance.
+"""Rounds float32 values to a narrower format by bit arithmetic, to nearest or stochastically.
 
-Both return float32 whose cast to the format is exact. A cast alone does not do that inside a compiled kernel: Inductor
-drops a cast to a narrower format and back, so what is computed from the result would belong to another value than the
-one that is stored.
+Both functions return float32 values whose cast to the format is exact. A plain cast does not suffice in a compiled
+kernel: Inductor drops a cast to a narrower format and back, so later results would use another value than the stored
+one.
 
-Rounded up with the probability of the part that is cut off, a value is right on average however small that part is.
-Rounded to the nearest, an update below half a unit in the last place of the weight is lost entirely.
+Stochastic rounding goes up with the probability of the fraction that is cut off, so the expectation is exact. Rounding
+to nearest loses every update below half a unit in the last place of the weight.
 """
 
 import torch
@@ -13,34 +13,34 @@ from torch import Tensor
 
 from galore_fx.runtime.formats.counter_rng import random_bits
 
-# Bits of a float32's significand that the format has no room for.
+# Bits of a float32 significand that do not fit into the format.
 _CUT_BITS = {torch.bfloat16: 16, torch.float16: 13}
-# float16 has steps of 2^-24 below 2^-14; from here on torch, too, rounds to infinity.
+# float16 has steps of 2^-24 below 2^-14. From 65520 on it rounds to infinity, as in torch.
 _SMALLEST_NORMAL, _STEPS_OF_ONE, _LARGEST, _INFINITE = 2.0**-14, 2.0**24, 65504.0, 65520.0
 
 
 def rounds_by_chance(dtype: torch.dtype) -> bool:
-    """Whether ``round_stochastically`` knows the format: bfloat16 and float16."""
+    """Returns whether ``round_stochastically`` supports the format: bfloat16 and float16."""
     return dtype in _CUT_BITS
 
 
 def round_to_bfloat16(values: Tensor) -> Tensor:
-    """The nearest values that bfloat16 can hold, ties to even.
+    """Rounds to the nearest bfloat16 values, ties to even.
 
     Args:
         values: float32, any shape; finite.
 
     Returns:
-        float32.
+        float32, the shape of ``values``.
     """
     bits = values.view(torch.int32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Each value rounded to one of its two neighbours in a 16-bit format, to the nearer one with the larger chance.
+    """Rounds each value to one of its two neighbours in a 16-bit format, the nearer one with higher probability.
 
-    The expectation over the random bits is the value itself. NaN and infinities stay.
+    The expectation over the random bits is the value itself. NaN and infinities are unchanged.
 
     Args:
         values: float32, any shape.
@@ -48,10 +48,10 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
         bits: int32 of the same shape, uniformly random.
 
     Returns:
-        float32.
+        float32, the shape of ``values``.
 
     Source: Gupta, Agrawal, Gopalakrishnan, Narayanan 2015, "Deep Learning with Limited Numerical Precision",
-    arXiv:1502.02551, section 3.1; here by what is added to the bits that will be cut off, which carries or does not.
+    arXiv:1502.02551, section 3.1. Here random bits are added to the bits that are cut off, and the carry decides.
     """
     cut = 2 ** _CUT_BITS[dtype] - 1
     carried = (values.view(torch.int32) + (bits & cut)) & ~cut
@@ -65,15 +65,15 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, bits: Tensor) -> Te
 
 
 def rounded_as(values: Tensor, like: Tensor, key: Tensor) -> Tensor:
-    """Values as they will be stored in a tensor: rounded stochastically where it has 16 bits, else as they are.
+    """Rounds values stochastically for storage in a 16-bit tensor; returns them unchanged for other dtypes.
 
     Args:
-        values: float32, or wider.
-        like: the tensor, of the same shape.
-        key: 0-d int32, as of ``random_bits``; element i draws with the counter i.
+        values: float32, or wider if ``like`` has no 16-bit dtype.
+        like: the tensor that will store them, of the same shape.
+        key: 0-d int32 key for ``random_bits``; element i draws with the counter i.
 
     Returns:
-        Of the dtype of ``values``.
+        The rounded values, in the dtype of ``values``.
     """
     if not rounds_by_chance(like.dtype):
         return values

@@ -1,1 +1,1 @@
-"""Layers as the compiled graphs call them."""
+"""Layers that the compiled graphs call."""

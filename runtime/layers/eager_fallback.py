@@ -1,8 +1,8 @@
-"""The uncompiled form of a block: its own code, with the linears of projected weights exchanged while it runs.
+"""The uncompiled form of a block: its own code, with the linears of projected weights replaced while it runs.
 
-For a block that cannot be captured, and for one that runs in eval mode with grad enabled. The gradient of a projected
-weight is R here too and G is never formed, except where the weight is read by something that is no linear layer: there
-autograd delivers the full gradient of that use, and the optimizer projects it.
+It serves blocks that cannot be captured and blocks that run in eval mode with grad enabled. The gradient of a projected
+weight is R here too, and G is never formed. The exception is a weight that an operation other than a linear layer
+reads: autograd delivers the full gradient of that use, and the optimizer projects it.
 """
 
 import inspect
@@ -22,10 +22,10 @@ _ATTENTION_SIGNATURE = inspect.signature(torch.nn.functional.multi_head_attentio
 
 
 def run_eager(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls ``forward`` of ``module`` with projected linears.
+    """Calls ``forward`` of ``module`` with projected linears and returns its result.
 
-    Where transformers' gradient checkpointing is on, the checkpoint goes around this call and not inside it, so that
-    the recomputed forward is this one too.
+    With transformers' gradient checkpointing, the checkpoint wraps this call, so the recomputed forward also has
+    projected linears.
     """
     checkpoint = getattr(module, "_gradient_checkpointing_func", None)
     if not (checkpoint and module.training and getattr(module, "gradient_checkpointing", False)):
@@ -44,7 +44,7 @@ def run_eager(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwar
 
 
 class EagerForm(TorchFunctionMode):
-    """While active, products of an activation and a projected weight deliver the projected gradient."""
+    """Context in which products of an activation and a projected weight deliver the projected gradient."""
 
     def __torch_function__(
         self,
@@ -53,7 +53,7 @@ class EagerForm(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Replaces what ``_RULES`` names."""
+        """Calls a function, or its replacement if ``_RULES`` has one."""
         rule = _RULES.get(func)
         if rule is None:
             return func(*args, **(kwargs or {}))
@@ -61,7 +61,7 @@ class EagerForm(TorchFunctionMode):
 
 
 def _record_of(weight: object) -> tuple[ProjectedParameter, bool] | None:
-    """The record behind a weight or its transposition, and whether it is transposed."""
+    """Returns the record of a weight or its transpose, and whether it is transposed; None if not projected here."""
     if not isinstance(weight, Tensor):
         return None
     record = REGISTRY.get(weight)
@@ -70,7 +70,7 @@ def _record_of(weight: object) -> tuple[ProjectedParameter, bool] | None:
         record = REGISTRY.get(weight._base)
         whole = record is not None and (weight.shape, weight.stride()) == _transposed(record.weight)
         transposed, record = whole, record if whole else None
-    # Not an update in the backward: what the block does with the weight besides is not known.
+    # No update inside the backward here: the other uses of the weight in the block are unknown.
     forms = GradientForm.FULL, GradientForm.CONSUMED
     if record is not None and record.form is GradientForm.CONSUMED:
         record.num_uses += 1

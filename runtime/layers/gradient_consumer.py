@@ -1,13 +1,13 @@
-"""An operation of a backward graph that hands the two factors of a gradient to the update of its weight.
+"""Custom operation of a backward graph that passes both factors of a gradient to the update of its weight.
 
     consume_gradient(A, B, W, Z, after)   ->   R        G = A^T B is applied to W inside
 
-It stands where a graph would compute ``R``, so that an update which needs all of G can work through it in parts while A
-and B are there anyway, and no G leaves the graph. The optimizer says what to do by the record's ``consume``.
+The graph calls it instead of computing ``R``. An update that needs all of G can thus process G in parts while A and B
+are alive, and no G leaves the graph. The optimizer defines the update by the record's ``consume``.
 
-The compiler does not know that W changes. So nothing that the graph still makes of W may come later: whoever compiles
-the backward lets every reader of W be an input ``after`` (passes/model_graph/order_consumers.py). And W is known by its
-identity, so it must come out of the backward's saved tensors as what it was: with hooks on those nothing is consumed.
+The compiler does not know that W changes, so every value computed from W must come earlier. The pass
+``order_consumers`` (passes/model_graph) therefore adds all readers of W to the inputs ``after``. W is recognised by its
+identity, so the backward must unpack the same tensor that was saved; under saved-tensor hooks nothing is consumed.
 """
 
 import torch
@@ -24,9 +24,9 @@ consume_gradient = torch.ops.galore_fx.consume_gradient.default
 
 
 def _consume(rows: Tensor, cols: Tensor, weight: Tensor, leaf: Tensor, after: list[Tensor]) -> Tensor:
-    """Runs above autograd, so that a change of the weight counts as one, and above every mode that watches."""
+    """Runs the update at the Autograd key: the weight's version increases, and dispatch modes see each operation."""
     record = REGISTRY.get(weight)
-    if record is None or record.consume is None:  # traced: a tensor that stands for the weight
+    if record is None or record.consume is None:  # traced with a fake tensor for the weight
         with below_autograd():
             done: Tensor = consume_gradient(rows, cols, weight, leaf, after)
         return done

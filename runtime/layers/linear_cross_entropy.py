@@ -3,11 +3,11 @@
     tokens of a chunk ──> logits ──> loss, softmax - one_hot (in place) ──> dX of the chunk, added to dW
                           one buffer of (chunk, V), reused                   all in the forward; the backward scales
 
-The gradients are made while a chunk's logits are still in the cache, as Liger-Kernel's fused linear cross-entropy does
-(Hsu et al. 2024, arXiv:2410.10989, section 3.2). For 4 x 256 tokens and V = 32,000 in float32 the eager chain holds
-three tensors of 125 MiB at once; this holds one of 32 MiB and dW, which the backward makes in any case.
+The gradients are computed while a chunk's logits are still in the cache, as in Liger-Kernel's fused linear
+cross-entropy (Hsu et al. 2024, arXiv:2410.10989, section 3.2). For 4 x 256 tokens and V = 32,000 in float32 the eager
+chain holds three tensors of 125 MiB at once. This function holds one of 32 MiB and dW, which the backward needs anyway.
 
-Known weakness: dW exists from the end of the forward on, together with the saved activations.
+Known weakness: dW lives from the forward on, together with the saved activations.
 """
 
 from typing import Any
@@ -19,27 +19,27 @@ from torch.autograd.function import once_differentiable
 from galore_fx.errors import UsageError
 from galore_fx.runtime.uniform_loop import alike
 
-# Size of a chunk's logits in float32: large enough for efficient products, small enough to stay near the cores.
+# Bytes of a chunk's float32 logits: large enough for efficient products, small enough for the cache.
 CHUNK_BYTES = 32 * 2**20
-# Elements of dW whose product is added to its float32 sum at once.
+# Elements of dW per product when it is accumulated in float32.
 PRODUCT_ELEMENTS = 2**22
 
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
-    """``F.cross_entropy(F.linear(hidden, weight, bias).float(), target, ...)`` without the logits.
+    """Computes ``F.cross_entropy(F.linear(hidden, weight, bias).float(), target, ...)`` without the full logits.
 
     Args:
         hidden: X, (..., h).
         weight: W, (V, h).
         bias: (V,) or None.
-        target: class indices, as many as X has rows, int64.
-        ignore_index: target that counts for nothing.
-        reduction: "mean" over the targets that count, or "sum".
+        target: class indices, one per row of X, int64.
+        ignore_index: target value without effect on loss and gradients.
+        reduction: "mean" over the targets that are not ignored, or "sum".
 
     Returns:
-        The loss, 0-d, float32.
+        The loss, 0-d float32. A second backward through it raises UsageError.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     loss: Tensor = _LinearCrossEntropy.apply(rows, weight, bias, target.reshape(-1), ignore_index, reduction)
@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in alike(range(0, num_tokens, size)):
             part = slice(start, min(start + size, num_tokens))
             logits = torch.nn.functional.linear(hidden[part], weight, bias).float()
-            # Every step in place: torch.logsumexp would hold a second tensor of this size, and take its exp twice.
+            # All in place: torch.logsumexp would hold a second tensor of this size and compute the exponentials twice.
             logits -= logits.amax(1, keepdim=True)
             picked = logits.gather(1, safe_target[part, None])
             normaliser = logits.exp_().sum(1, keepdim=True)
@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits.scatter_add_(1, safe_target[part, None], -factor[part, None])
                 sums.add(part, logits.to(hidden.dtype), hidden[part], weight)
         ctx.gradients = sums.finished()
-        # As torch: the mean over no target at all is NaN, its gradients are zero.
+        # As in torch, the mean over no targets is NaN, with zero gradients.
         return loss * (num_counting / num_counting) if reduction == "mean" else loss
 
     @staticmethod
@@ -91,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "Compile with keep_logits=True to keep the graph"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        # On a CPU the factor is at hand, and is 1 unless micro-batches are averaged or the loss is scaled.
+        # Reading the factor is free on a CPU; it is 1 unless micro-batches are averaged or the loss is scaled.
         if grad_output.device.type != "cpu" or grad_output.item() != 1.0:
             for gradient in gradients:
                 if gradient is not None:
@@ -100,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _GradientSums:
-    """Gradients of X, W and b, filled chunk by chunk; those of W and b are added up in float32 if there are several."""
+    """Gradients of X, W and b, filled chunk by chunk; the sums for b, and for W over several chunks, are float32."""
 
     def __init__(
         self, needs: tuple[bool, ...], hidden: Tensor, weight: Tensor, bias: Tensor | None, *, single: bool
@@ -113,7 +113,7 @@ class _GradientSums:
         self.bias = torch.zeros_like(bias, dtype=torch.float32) if needs[2] and bias is not None else None
 
     def add(self, part: slice, grad_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """One chunk: d logits (c, V), its X (c, h), and W."""
+        """Adds one chunk, from the gradient of its logits (c, V), its X (c, h) and W (V, h)."""
         if self.hidden is not None:
             torch.mm(grad_logits, weight.to(grad_logits.dtype), out=self.hidden[part])
         if self.weight is not None:
@@ -127,13 +127,13 @@ class _GradientSums:
 
     @staticmethod
     def _add_in_float32(weight: Tensor, grad_logits: Tensor, hidden: Tensor, *, overwrite: bool) -> None:
-        """In row blocks: the product and its float32 copy are as large as dW else, and so the peak of many a step."""
+        """Adds the product a few rows at a time; the whole would be as large as dW, and often the peak of a step."""
         size = max(1, PRODUCT_ELEMENTS // weight.shape[1])
         for start in alike(range(0, weight.shape[0], size)):
             rows, product = weight[start : start + size], grad_logits[:, start : start + size].T @ hidden
             rows.copy_(product) if overwrite else rows.add_(product)
 
     def finished(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients in the dtype of what they belong to."""
+        """Returns the gradients of X, W and b in the dtypes of X and W; None where no gradient is needed."""
         weight, bias = (None if sum_ is None else sum_.to(self.dtype) for sum_ in (self.weight, self.bias))
         return self.hidden, weight, bias

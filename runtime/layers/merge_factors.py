@@ -1,9 +1,10 @@
-"""Adds the low-rank changes of normalised layers to their frozen weights, again and again, for training from scratch.
+"""Merges the low-rank changes of normalised layers into their frozen weights periodically, to train from scratch.
 
-Without it the change of a weight has the factors' rank for ever. The function of the model stays what it was; the new
-factors have new coordinates, so their optimizer states start anew and their bases are renewed in the next updates.
+Without merges the total change of a weight never exceeds the rank of its factors. A merge keeps the function of the
+model. The new factors have new coordinates, so their optimizer states start anew and the next updates refresh their
+bases.
 
-Ours: GradNormLoRP (arXiv:2412.19616) does not say how its factors train a model from random weights.
+This is our addition: GradNormLoRP (arXiv:2412.19616) does not state how its factors train a model from random weights.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +17,15 @@ from galore_fx.runtime.layers.normalized_linear import FACTORS, NormalizedLinear
 from galore_fx.runtime.subspace.moment_transfer import reset_moments
 from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 
-# Keeps these draws apart from those of heads and of the rounding.
+# Separates these draws from the draws of heads and of the rounding.
 _SEED = 2
 
 
 class FactorMerge:
-    """Merges of one model.
+    """Merges the factors of one model at a fixed interval.
 
     Args:
-        layers: those that are merged.
+        layers: the layers to merge.
         gap: updates between two merges.
     """
 
@@ -38,13 +39,13 @@ class FactorMerge:
         states: Mapping[Tensor, dict[str, Any]],
         like: Callable[[Tensor, Tensor], dict[str, Tensor]],
     ) -> None:
-        """Merges all layers where it is time.
+        """Merges all layers if ``num_updates`` is a multiple of the gap.
 
         Args:
-            num_updates: finished updates.
-            records: of the factors, by their identity.
-            states: of the optimizer, by parameter.
-            like: new states of the optimizer class for a parameter and a gradient.
+            num_updates: number of finished updates.
+            records: records of the factors, by the factor's ``id``.
+            states: optimizer states, by parameter.
+            like: creates new states of the optimizer class for a parameter and a gradient.
         """
         if num_updates % self._gap:
             return

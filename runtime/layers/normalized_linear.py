@@ -1,14 +1,14 @@
-"""A linear layer whose weight is a magnitude for each row, times a frozen weight with a low-rank change, of norm one.
+"""A linear layer of a frozen weight plus a low-rank change, with rows normalised and scaled by trained magnitudes.
 
     V = W0 + s I J        W = M V / ||V||        W0 (m, n) frozen, I (m, r), J (r, n) and M (m,) trained
     Y = X W^T = (X W0^T + s (X J^T) I^T) M / ||V||
 
-Neither V nor W is formed: the norms follow from small products,
+Neither V nor W is formed. The norms follow from small products,
 
     ||V_i||^2 = ||W0_i||^2 + 2 s <(W0 J^T)_i, I_i> + s^2 <(I J J^T)_i, I_i>,
 
-and the gradients of I, J and M from those of these products, the norms' own included. With a norm for each column the
-factor M / ||V|| (n,) is applied to X. At the start I = 0 and M = ||W0||, so W is W0 exactly.
+and autograd differentiates these products, norms included, for the gradients of I, J and M. With a norm per column
+the factor M / ||V|| (n,) is applied to X. At the start I = 0 and M = ||W0||, so W equals W0 exactly.
 
 Source: GradNormLoRP, Huang et al. 2024, arXiv:2412.19616, reconstructed from its abstract and summaries (their code
 contradicts itself): the form is DoRA's, Liu et al. 2024, arXiv:2402.09353. The expansion of the norms is ours.
@@ -26,25 +26,26 @@ from galore_fx.runtime.formats.groupwise import GROUP
 from galore_fx.runtime.formats.quantized_tensor import QuantizedTensor
 from galore_fx.runtime.formats.rounding import round_stochastically, rounds_by_chance
 
-# The trained parts of a normalised layer, and what is frozen.
+# The trained parts of a normalised layer, and all its parts.
 FACTORS = ("factor_out", "factor_in")
 TRAINED = (*FACTORS, "magnitude")
 _PARTS = (*TRAINED, "base_weight", "base_norms")
-# Rows of a weight that are merged at once.
+# Number of rows of a weight that are merged at once.
 _MERGED_ROWS = 1024
 
 
 class NormalizedLinear(nn.Module):
-    """In the place of an ``nn.Linear`` or a transformers ``Conv1D``, whose class it takes the place of.
+    """Replaces the class of an ``nn.Linear`` or transformers ``Conv1D`` instance; created by ``normalize`` only.
 
     Attributes:
-        base_weight: W0, (m, n) as (out, in), or (in, out) where ``in_first``; frozen, and perhaps stored in 8 bits.
-        base_norms: squared norms of its rows or columns, float32; a buffer.
-        factor_out: I, (m, r). factor_in: J, (r, n).
-        magnitude: M, (m,) with a norm for each row, (n,) for each column; float32.
+        base_weight: W0, (out, in), or (in, out) if ``in_first``; frozen, and possibly stored in 8 bits.
+        base_norms: squared norms of W0's rows (m,) or columns (n,), at least float32; a buffer.
+        factor_out: I, (m, r).
+        factor_in: J, (r, n).
+        magnitude: M, (m,) with a norm per row, (n,) with a norm per column; at least float32.
         bias: (m,), or None.
-        in_first: whether the weight is stored (in, out).
-        by_column: a norm for each column of (out, in) and not for each row.
+        in_first: whether the weight is stored as (in, out).
+        by_column: whether each column of the (out, in) weight has a norm, instead of each row.
         scale: s.
     """
 
@@ -59,7 +60,7 @@ class NormalizedLinear(nn.Module):
     scale: float
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y, (..., m), from X, (..., n)."""
+        """Returns Y (..., m) for X (..., n)."""
         factor = self._factor({name: getattr(self, name) for name in _PARTS})
         if self.by_column:
             x = x * factor.to(x.dtype)
@@ -74,11 +75,11 @@ class NormalizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W as it is now, stored as the layer's own weight was; formed anew, for whoever reads it besides the layer."""
+        """The current W in the layout of the replaced layer; every access computes it anew."""
         return self.merged({name: getattr(self, name) for name in _PARTS})
 
     def merged(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """W as its layer stores it, of the layer's own parts or of others of these names and shapes."""
+        """Returns W in the layout of the replaced layer, from any parts with the layer's names and shapes."""
         base, factor = self._out_in(parts["base_weight"]), self._factor(parts)
         direction = torch.addmm(base, parts["factor_out"], parts["factor_in"], alpha=self.scale)
         weight = direction * (factor if self.by_column else factor[:, None]).to(direction.dtype)
@@ -87,7 +88,7 @@ class NormalizedLinear(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
-        """As of a module; refuses a merged weight even where missing names are allowed (Trainer's resume)."""
+        """Loads as a module does; rejects a merged weight even with ``strict=False`` (Trainer's resume)."""
         if f"{prefix}weight" in state_dict and f"{prefix}base_weight" not in state_dict:
             errors = lists[-1]
             errors.append(
@@ -98,7 +99,7 @@ class NormalizedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def square_norms(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """||V||^2 of the rows or columns, float32 at least, whatever autocast says."""
+        """Returns ||V||^2 of the rows (m,) or columns (n,), at least float32, even under autocast."""
         base, out, in_ = self._out_in(parts["base_weight"]), parts["factor_out"], parts["factor_in"]
         if self.by_column:
             base, out, in_ = base.T, in_.T, out.T
@@ -111,12 +112,12 @@ class NormalizedLinear(nn.Module):
 
     @torch.no_grad()
     def merge_(self, generator: torch.Generator) -> None:
-        """Adds s I J to the frozen weight and starts with new factors; W stays what it is, but for rounding.
+        """Adds s I J to the frozen weight and resets the factors; W is unchanged, except for rounding.
 
-        In bfloat16 the sum is rounded stochastically, since changes below its precision would else be lost.
+        A 16-bit sum is rounded stochastically; otherwise changes below its precision would be lost.
 
         Args:
-            generator: of the new J, on the CPU.
+            generator: CPU generator for the rounding and the new J.
         """
         base = self._out_in(self.base_weight)
         for begin in range(0, base.shape[0], _MERGED_ROWS):
@@ -128,12 +129,13 @@ class NormalizedLinear(nn.Module):
 
     @torch.no_grad()
     def store_base_(self, num_bits: int) -> None:
-        """Stores W0 as codes; norms and M become those of what the codes stand for, so that W(0) is that, too.
+        """Stores W0 as codes and empties the wide weight.
 
-        An M that has been trained keeps what it is to its norm.
+        Norms and M are adapted to the dequantised W0, so an untrained layer's W equals it. A trained M keeps its ratio
+        to its norm. A weight that is already stored as codes, or that is not storable (``is_storable``), is unchanged.
 
         Args:
-            num_bits: of a code. A weight whose elements make no whole groups of codes stays as it is, as do codes.
+            num_bits: bits of a code, 4 or 8.
         """
         wide = self._parameters["base_weight"]
         assert wide is not None
@@ -148,13 +150,13 @@ class NormalizedLinear(nn.Module):
         self.magnitude.copy_(torch.where(self.magnitude == before, after, self.magnitude * (after / before)))
 
     def extra_repr(self) -> str:
-        """For ``print(model)``."""
+        """Returns the sizes for ``print(model)``."""
         m, n = self._out_in(self.base_weight).shape
         norm = "column" if self.by_column else "row"
         return f"in_features={n}, out_features={m}, rank={self.factor_in.shape[0]}, a norm for each {norm}"
 
     def _factor(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """M / ||V||, (m,) or (n,); of a row of zeros M, whatever it is divided by, is one."""
+        """Returns M / ||V||, (m,) or (n,); 1 at the start even for a row of zeros, whose M is the clamped norm."""
         return parts["magnitude"] / _magnitude(self.square_norms(parts))
 
     def _out_in(self, weight: Tensor) -> Tensor:
@@ -162,27 +164,27 @@ class NormalizedLinear(nn.Module):
 
 
 class _Magnified(torch.autograd.Function):
-    """``Z = Y f + b`` whose backward reads Z and not Y.
+    """``Z = Y f + b`` with a backward that reads Z instead of Y.
 
-    The gradient of f, sum over tokens of dZ (Z - b) / f, needs no activation besides Z, which most readers of a linear
-    layer's output keep anyway: an activation function its input, attention its queries, keys and values. Where b is
-    much larger than Y f, some of its digits are lost in 16 bits; a row of zeros with a bias gets none.
+    The gradient of f, the sum over tokens of dZ (Z - b) / f, needs no activation besides Z. Most readers of a linear
+    layer's output keep Z anyway: an activation function its input, attention its queries, keys and values. In 16 bits
+    this gradient loses digits if b is much larger than Y f. It is zero for a row of zeros with a bias.
     """
 
     @staticmethod
     def forward(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-        """Z, (..., m), from Y (..., m), f (m,), b (m,) or None."""
+        """Returns Z (..., m) for Y (..., m), f (m,) and b (m,) or None."""
         return y * factor if bias is None else y * factor + bias
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keeps Z."""
+        """Saves Z, f and b."""
         ctx.save_for_backward(output, inputs[1], inputs[2])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """dY, df, db. A factor of zero, of a weight's row of zeros, gets no gradient."""
+        """Returns dY, df and db; the gradient of a zero factor is zero."""
         z, factor, bias = ctx.saved_tensors
         wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
         total = (grad.to(wide.dtype) * (z if bias is None else z - bias)).sum_to_size(factor.shape)
@@ -193,14 +195,17 @@ class _Magnified(torch.autograd.Function):
 def normalize(
     layer: nn.Module, rank: int, scale: float, generator: torch.Generator, *, by_column: bool
 ) -> tuple[type[nn.Module], dict[str, nn.Parameter | None]]:
-    """Turns a plain layer into a ``NormalizedLinear``, in place; returns the class and the parameters that it had.
+    """Turns a plain layer into a ``NormalizedLinear``, in place.
 
     Args:
         layer: an ``nn.Linear`` or a ``Conv1D``.
         rank: r.
         scale: s.
-        generator: of J.
-        by_column: a norm for each column.
+        generator: generator for J.
+        by_column: one norm per column instead of per row.
+
+    Returns:
+        The previous class and parameters, as ``restore`` takes them.
     """
     plain: type[nn.Module] = type(layer)
     parameters = dict(layer._parameters)
@@ -218,7 +223,7 @@ def normalize(
         "magnitude": nn.Parameter(_magnitude(base_norms)),
         "bias": parameters.get("bias"),
     }
-    # All is made; from here on nothing fails.
+    # Nothing fails from here on.
     layer.__class__ = NormalizedLinear
     vars(layer).update(in_first=in_first, by_column=by_column, scale=scale)
     layer._parameters.clear()
@@ -228,7 +233,7 @@ def normalize(
 
 
 def restore(layer: "NormalizedLinear", plain: type[nn.Module], parameters: dict[str, nn.Parameter | None]) -> None:
-    """Undoes ``normalize``: the layer has the very class and parameters that it had, in their order."""
+    """Undoes ``normalize``: the layer gets its previous class and the same parameter objects, in their order."""
     for name in ("in_first", "by_column", "scale"):
         del vars(layer)[name]
     del layer._buffers["base_norms"]
@@ -238,29 +243,29 @@ def restore(layer: "NormalizedLinear", plain: type[nn.Module], parameters: dict[
 
 
 def new_factor_in(shape: tuple[int, int] | torch.Size, generator: torch.Generator) -> Tensor:
-    """J at the start: Gaussian, rows of norm one on average, on the generator's device."""
+    """Returns an initial J (r, n): Gaussian, with rows of mean squared norm one, on the generator's device."""
     gaussian = torch.randn(tuple(shape), generator=generator, device=generator.device)
     return gaussian.mul_(float(shape[1]) ** -0.5)
 
 
 def is_storable(weight: Tensor) -> bool:
-    """Whether the elements of a weight make whole groups of codes."""
+    """Returns whether the number of elements of a weight is a multiple of the group size of codes."""
     return weight.numel() % GROUP == 0
 
 
 def trained_parts(module: nn.Module) -> list[Tensor]:
-    """I, J and M of all normalised layers inside a module."""
+    """Returns I, J and M of all normalised layers in a module."""
     layers = [layer for layer in module.modules() if isinstance(layer, NormalizedLinear)]
     return [getattr(layer, name) for layer in layers for name in TRAINED]
 
 
 @torch.no_grad()
 def with_merged_weights(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict in which each normalised layer of the model has its one plain weight, made of the state's own parts.
+    """Returns a copy of a state dict in which each normalised layer has a single merged weight instead of its parts.
 
     Args:
-        model: holds the layers.
-        state: as of ``model.state_dict()``; of a layer whose parts are not all in it nothing is changed.
+        model: the model with the layers.
+        state: state as returned by ``model.state_dict()``. A layer is left unchanged unless all its parts are present.
     """
     found = dict(state)
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -271,7 +276,7 @@ def with_merged_weights(model: nn.Module, state: Mapping[str, Any]) -> dict[str,
 
 
 def _add_(base: Tensor, out: Tensor, in_: Tensor, scale: float, generator: torch.Generator) -> None:
-    """``base <- base + s I J`` in place, rounded stochastically where the base has 16 bits."""
+    """Computes ``base <- base + s I J`` in place, rounded stochastically for a 16-bit base."""
     if not rounds_by_chance(base.dtype):
         base.addmm_(out, in_, alpha=scale)
         return
@@ -281,7 +286,7 @@ def _add_(base: Tensor, out: Tensor, in_: Tensor, scale: float, generator: torch
 
 
 def _magnitude(square_norms: Tensor) -> Tensor:
-    """||V|| of its squares, above zero."""
+    """Returns ||V|| from ||V||^2, clamped above zero."""
     return square_norms.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
 
 

@@ -1,12 +1,12 @@
 """torch's multi-head attention with projected weights.
 
-``nn.MultiheadAttention`` hands its weights to ``F.multi_head_attention_forward``, which multiplies by them itself. A
-copy of that function runs here whose ``linear`` is ours; masks, heads and dropout stay torch's.
+``nn.MultiheadAttention`` passes its weights to ``F.multi_head_attention_forward``, which multiplies by them itself. A
+copy of that function runs here with our ``linear``; masks, heads and dropout remain torch's.
 
-Cross-attention splits a packed weight (3 E, E) into parts of its rows. A basis of the columns serves all parts, and
-``R`` is split as the weight is, and so are a residual's entries where each part begins with a block of rows. A basis of
-the rows, and the gradient of heads that may lie in any part, would need the whole product at once: such a weight keeps
-its full gradient.
+Cross-attention splits a packed weight (3 E, E) by rows. A basis of the columns serves all parts, and ``R`` is split
+like the weight. The entries of a sparse residual are split too, if each part begins at a boundary of their row groups.
+A basis of the rows, or the gradient of drawn heads from any part, would need the whole product at once; such a weight
+keeps its full gradient.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ from galore_fx.runtime.remainder.sparse import BLOCK_ROWS, num_blocks
 from galore_fx.runtime.subspace.projection import ProjectedDim
 from galore_fx.runtime.torch_private import attention_with_linear
 
-# What the weight's record gives, as ``projected_linear`` takes it, the value of a ``ProjectedDim``, and the source.
+# Inputs from the weight's record as ``projected_linear`` takes them, value of a ``ProjectedDim``, name of the source.
 Projection = tuple[Mapping[str, Tensor], str, str]
 
 
 def projected_attention(projections: Mapping[str, Projection], **arguments: Any) -> Any:
-    """``F.multi_head_attention_forward`` that delivers projected gradients.
+    """Calls ``F.multi_head_attention_forward`` with a backward that delivers projected gradients.
 
     Args:
-        projections: for each projected weight, by its name among the arguments.
-        **arguments: those of ``F.multi_head_attention_forward``, all by name.
+        projections: the projection of each projected weight, by the weight's argument name.
+        **arguments: all arguments of ``F.multi_head_attention_forward``, by name.
 
     Returns:
-        Its outputs: attention (L, N, E) or (L, E), and the attention weights or None.
+        The attention (L, N, E) or (L, E), and the attention weights or None.
     """
     weights = {name: _Projected(arguments[name], *projection) for name, projection in projections.items()}
     return _ATTENTION(**{**arguments, **weights})
@@ -40,7 +40,7 @@ def projected_attention(projections: Mapping[str, Projection], **arguments: Any)
 
 @dataclasses.dataclass(frozen=True)
 class _Projected:
-    """A weight (out, in) that is passed through the attention to its ``linear``, and split on the way."""
+    """A weight (out, in) on its way through the attention to ``linear``; it may be split on the way."""
 
     weight: Tensor
     inputs: Mapping[str, Tensor]

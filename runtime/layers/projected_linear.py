@@ -1,16 +1,15 @@
-"""The linear whose backward delivers the projected gradient and never the full one.
+"""A linear layer whose backward delivers the projected gradient instead of the full one.
 
-With rows A (t, m) and columns B (t, n) of the full gradient ``G = A^T B`` (for a weight stored (out, in): A = dY,
-B = X; stored (in, out): A = X, B = dY) matrix products associate:
+The full gradient is ``G = A^T B`` with A (t, m) and B (t, n): A = dY, B = X for a weight stored as (out, in), and
+A = X, B = dY for (in, out). Matrix products associate:
 
     COLS   R = G P   = A^T (B P)        sketch G^T G P   = B^T (A R)
     ROWS   R = P^T G = (A P)^T B        sketch G G^T P   = A^T (B R^T)
 
-In 16 bits R is balanced before a sketch is made of it (``balanced`` in bases.py).
+This takes 2 t r (m + n) operations instead of 2 t m n + 2 m n r, and no value has m x n elements. A 16-bit R is
+balanced before its sketch is computed (``balanced`` in bases.py).
 
-2 t r (m + n) operations instead of 2 t m n + 2 m n r, and no value of m x n elements.
-
-Where A and B go straight to the update of the weight (``gradient_consumer.py``), R and what a refresh wants are made
+If A and B go directly to the update of the weight (``gradient_consumer.py``), R and the input of a refresh are computed
 there.
 
 Not handled: double backward, forward-mode differentiation.
@@ -31,20 +30,20 @@ from galore_fx.runtime.subspace.sources import SOURCES
 
 
 class WeightLayout(enum.Enum):
-    """How a weight stores its two dimensions."""
+    """Order of the two dimensions of a stored weight."""
 
     OUT_IN = "out_in"
     IN_OUT = "in_out"
 
 
 class Settings(NamedTuple):
-    """What ``ProjectedLinear`` takes besides tensors.
+    """Arguments of ``ProjectedLinear`` that are not tensors.
 
     Attributes:
-        layout: of the weight.
+        layout: layout of the weight.
         dim: the projected dimension.
-        source: what a refreshing backward delivers besides R is made by this source of bases.
-        extra: names of the tensors that the source takes, which stand at the end.
+        source: name of the basis source that computes the second output of a refreshing backward.
+        extra: names of the source's inputs, which are the last arguments.
     """
 
     layout: WeightLayout
@@ -54,7 +53,7 @@ class Settings(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the backward of ``ProjectedLinear`` returns, in the order of its forward's arguments."""
+    """Results of the backward of ``ProjectedLinear``, in the order of the arguments of its forward."""
 
     x: Tensor | None
     weight: None = None
@@ -77,17 +76,19 @@ def projected_linear(
     dim: str,
     source: str,
 ) -> Tensor:
-    """A linear layer as a graph calls it: ``ProjectedLinear`` with its settings as text, and autocast obeyed.
+    """Applies ``ProjectedLinear`` with string settings, as graphs call it; respects autocast.
 
     Args:
-        x: (..., in).
-        weight: W, (out, in) or (in, out) as ``layout`` says; gets no gradient.
-        bias: what is added to the product: (out,), or None.
-        inputs: what the weight's record gives for the form that is wanted, by name. ``basis``: P, (m, r) or (n, r).
-            ``leaf``: Z, shape of R; its gradient is R. ``source_leaf``, if given: its gradient is what the source of
-            the next basis makes of the factors, from the tensors that are not named here. ``residual_leaf`` and
-            ``residual_columns``, (m, k): its gradient is G at these entries. The leaf alone: the weight is updated in
-            the backward.
+        x: X, (..., in).
+        weight: W, (out, in) or (in, out) according to ``layout``; gets no gradient.
+        bias: (out,), or None.
+        inputs: ``record.graph_inputs(form)`` of the weight, by name. If it is ``leaf`` alone, the weight is updated
+            inside the backward.
+            ``basis``: P, (m, r) or (n, r).
+            ``leaf``: Z, shape of R; its gradient is R.
+            ``source_leaf``, optional: its gradient is the output of the source's ``deliver``.
+            ``residual_leaf`` (m, k) and ``residual_columns``, optional: the leaf's gradient is G at these entries.
+            All others are inputs of ``deliver``.
         layout: value of a ``WeightLayout``.
         dim: value of a ``ProjectedDim``.
         source: name of a ``BasisSource``.
@@ -97,7 +98,7 @@ def projected_linear(
     """
     consumed = weight if "basis" not in inputs else None
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        # As autocast does for a linear layer; R is computed in that precision, and cast to its leaf's by autograd.
+        # As autocast does for a linear layer. R is computed in that dtype; autograd casts it to the dtype of its leaf.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.detach().to(dtype)
         inputs = {name: _cast(name, value, dtype) for name, value in inputs.items()}
@@ -117,7 +118,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ProjectedLinear(torch.autograd.Function):
-    """``Y = X W^T + b`` (or ``X W + b``) whose backward returns ``R`` for the leaf and nothing for the weight."""
+    """``Y = X W^T + b`` (or ``X W + b``) with a backward that returns ``R`` for the leaf and None for the weight."""
 
     @staticmethod
     def forward(
@@ -133,7 +134,7 @@ class ProjectedLinear(torch.autograd.Function):
         settings: Settings,
         *extra: Tensor,
     ) -> Tensor:
-        """Y, (..., out)."""
+        """Returns Y (..., out)."""
         if settings.layout is WeightLayout.OUT_IN:
             return torch.nn.functional.linear(x, weight, bias)
         if bias is None:
@@ -142,7 +143,7 @@ class ProjectedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Saves X, W, P; the partitioner decides whether X or ``X P`` is what lives until the backward."""
+        """Saves X, W and P; the partitioner decides whether X or ``X P`` is kept until the backward."""
         x, weight, bias, basis, leaf, source_leaf, _, residual_columns, consumed, settings, *extra = inputs
         consumer = (None, None) if consumed is None else (consumed, leaf)
         ctx.save_for_backward(x, weight, basis, *extra, residual_columns, *consumer)
@@ -152,7 +153,7 @@ class ProjectedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        """dX, db, R for the leaf, and for their leaves what the next basis is found from and entries of G."""
+        """Returns dX, db, R for the leaf, and for their leaves the output of ``deliver`` and the entries of G."""
         x, weight, basis, *extra, residual_columns, consumed, leaf = ctx.saved_tensors
         layout, dim, source, names = ctx.settings
         grad_input = None

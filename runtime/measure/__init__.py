@@ -1,1 +1,1 @@
-"""Bytes that are counted or read while a model trains."""
+"""Memory measurement during training."""

@@ -1,8 +1,8 @@
-"""Counts the peak memory of a piece of work, exactly.
+"""Measures the exact peak memory of a piece of work.
 
-On a CPU there is no allocator statistic to read, so the profiler's memory events are added up in the order of time:
-exact where all that is freed inside the window was allocated in it, which holds for a warm training step that
-updates its state in place. On CUDA the caching allocator's own peak is read.
+The CPU allocator keeps no statistics, so the profiler's memory events are summed in order of time. The sum is exact if
+all memory that the work frees was allocated by it; this holds for a warm training step that updates its state in
+place. On CUDA the peak of the caching allocator is read.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class MemoryCount:
     """Memory of one piece of work.
 
     Attributes:
-        transient_peak_bytes: highest sum of what was allocated inside it and not yet freed.
-        kept_bytes: what it allocated and left behind (negative: it freed more).
+        transient_peak_bytes: highest number of bytes that the work had allocated and not yet freed.
+        kept_bytes: bytes allocated minus bytes freed (negative if the work freed more).
     """
 
     transient_peak_bytes: int
@@ -29,11 +29,11 @@ class MemoryCount:
 
 
 def count_memory(work: Callable[[], object], device: torch.device) -> MemoryCount:
-    """Runs ``work`` once and counts its memory.
+    """Runs ``work`` once and measures its memory.
 
     Args:
-        work: a warm step: everything it compiles or allocates for good has been compiled and allocated before.
-        device: where its tensors live, cpu or cuda.
+        work: a warm step, whose compilations and permanent allocations have already happened.
+        device: device of its tensors, cpu or cuda.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -48,10 +48,10 @@ def count_memory(work: Callable[[], object], device: torch.device) -> MemoryCoun
 
 
 def memory_timeline(work: Callable[[], object]) -> list[tuple[float, int]]:
-    """Memory allocated by ``work`` on the CPU as it runs.
+    """Runs ``work`` once and returns its CPU memory over time.
 
     Returns:
-        (seconds since the first event, bytes live that ``work`` has allocated) at every change, from (0, 0) on.
+        (seconds since the first event, live bytes allocated by ``work``) at every change, starting with (0, 0).
     """
     settings = {"activities": [ProfilerActivity.CPU], "profile_memory": True, "acc_events": True}
     with quiet_profiler(), profile(**settings) as profiler:  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def memory_timeline(work: Callable[[], object]) -> list[tuple[float, int]]:
 
 
 def tensor_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of the storages behind some tensors, each storage once."""
+    """Returns the bytes of the storages of some tensors, counting each storage once."""
     held = [part for tensor in tensors for part in stored_tensors(tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     return sum(storages.values())

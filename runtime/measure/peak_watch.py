@@ -1,4 +1,4 @@
-"""Compares the peak of one of the first full steps with the plan's, and says where it is wrong."""
+"""Compares the memory peak of an early training step with the plan and reports the excess by category."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -6,44 +6,44 @@ from typing import Protocol
 
 import torch
 
-# The first steps compile, and refresh in a row.
+# Index of the measured step. The steps before it compile, and refresh in a row.
 _WATCHED_STEP = 3
 
 
 class StepMeter(Protocol):
-    """Measures the peak between two calls."""
+    """Measures the peak memory between two calls."""
 
     def start(self) -> None:
-        """Begins."""
+        """Starts the measurement."""
 
     def stop(self) -> int:
-        """Ends; the highest number of bytes that were alive, all that lived before included."""
+        """Ends the measurement and returns the peak of live bytes, including those allocated before the start."""
 
 
 class CudaMeter:
-    """The caching allocator's own peak."""
+    """Reads the peak of CUDA's caching allocator."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def start(self) -> None:
-        """Begins."""
+        """Starts the measurement."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def stop(self) -> int:
-        """Ends."""
+        """Ends the measurement and returns the peak of allocated bytes."""
         return torch.cuda.max_memory_allocated(self._device)
 
 
 class PeakWatch:
-    """Measures one step, from its first training forward to the end of ``optimizer.step()``, and warns of a miss.
+    """Measures one step, from its first training forward to the end of ``optimizer.step()``, and warns of an excess.
 
     Args:
-        meter: measures.
-        predicted_bytes: the plan's peak, without its reserve.
-        predicted_kept: bytes by category that the plan has living through the step.
-        count_kept: counts the same.
-        tolerance: share by which the step may exceed the plan.
+        meter: measures the peak.
+        predicted_bytes: peak of the plan, without its reserve.
+        predicted_kept: planned bytes by category that live through the step.
+        count_kept: returns the actual bytes by the same categories.
+        tolerance: fraction by which the step may exceed the plan.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class PeakWatch:
         self._measures = False
 
     def forward_begins(self) -> None:
-        """To be called before each training forward."""
+        """Must be called before each training forward."""
         if self._num_steps == _WATCHED_STEP and not self._measures:
             self._measures = True
             self._meter.start()
 
     def step_ends(self) -> None:
-        """To be called after each ``optimizer.step()``."""
+        """Must be called after each ``optimizer.step()``; warns if the measured step exceeds the plan."""
         self._num_steps += 1
         if not self._measures or self.measured_bytes is not None:
             return

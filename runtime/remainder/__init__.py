@@ -1,1 +1,1 @@
-"""What a projection misses of a gradient, and what becomes of it."""
+"""The remainder that a projection misses of a gradient, and its use in training."""

@@ -1,16 +1,16 @@
-"""Fira's residual: what the subspace misses of a gradient is applied too, scaled as the optimizer scales what it holds.
+"""Fira's residual: applies the remainder of a gradient too, scaled as the optimizer scales the projected part.
 
     S = phi (G - P P^T G)     phi_i = ||psi(R)_i|| / ||R_i||, for each row (COLS) or column (ROWS) of G
-    W <- W + back_project(L) - lr min(1, 1.01 ||S of before|| / ||S||) S
+    W <- W + back_project(L) - lr min(1, 1.01 ||previous S|| / ||S||) S
 
-psi is the optimizer's step before its learning rate. Of all entries, or of some of them (sparse.py).
+psi is the step of the optimizer before its learning rate. S covers all entries, or some of them (sparse.py).
 
-Of all: G comes as A and B of ``G = A^T B``, or formed where the backward cannot give those. Of the former phi and the
-norm of S follow from R and from the norms of G's rows, for which G is formed a part at a time; S itself is two
-products, accumulated straight into W.
+For all entries G comes as A and B of ``G = A^T B``, or formed if the backward cannot deliver the factors. With factors,
+phi and the norm of S follow from R and the norms of G's rows (columns for ROWS), for which G is formed in parts. S
+itself is two products, accumulated directly into W.
 
-Source: Fira, Chen et al. 2024, arXiv:2410.01623, equations of sections 4.2 and 4.3. The released code takes
-``G - alpha P R`` and leaves Adam's bias correction out of phi; here both are as the formulas have it.
+Source: Fira, Chen et al. 2024, arXiv:2410.01623, equations of sections 4.2 and 4.3. The released code uses
+``G - alpha P R`` and omits Adam's bias correction from phi; here both follow the formulas.
 """
 
 import abc
@@ -26,21 +26,21 @@ from galore_fx.runtime.subspace.factored_gradient import GradientProduct
 from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 from galore_fx.runtime.subspace.projection import ProjectedDim, wide_norm
 
-# The norm of S may grow by so much from one update to the next.
+# Largest growth factor of the norm of S per update.
 _GROWTH = 1.01
 _EPS = 1e-8
 
 
 @dataclasses.dataclass
 class Complement(abc.ABC):
-    """A gradient without its projection, on its way to the weight.
+    """The remainder of a gradient, to be scaled and applied to the weight.
 
     Attributes:
         dim: the projected dimension.
-        norms: of R's rows (m, 1) or columns (1, n), float32.
-        limit: 0-d float32, norm of the last S; 0 before the first. Changed in place.
-        lr: the learning rate, negative where the optimizer ascends.
-        scale: GaLore's alpha, which is in L and not in S.
+        norms: norms of R's rows (m, 1) for COLS or columns (1, n) for ROWS, float32.
+        limit: 0-d float32, norm of the last applied S; 0 before the first. Changed in place.
+        lr: the learning rate, negative if the optimizer maximises.
+        scale: GaLore's alpha, which is contained in L but not in S.
     """
 
     dim: ProjectedDim
@@ -51,26 +51,26 @@ class Complement(abc.ABC):
 
     @abc.abstractmethod
     def join(self, update: Tensor) -> Tensor:
-        """L with what of S is in the subspace's coordinates.
+        """Scales S and returns L plus the part of S that lies in the coordinates of the subspace.
 
         Args:
-            update: L, the step in the subspace, learning rate and scale included; of R's shape.
+            update: L, the step in the subspace, including learning rate and scale; the shape of R.
         """
 
     @abc.abstractmethod
     def take_from_(self, weight: Tensor) -> None:
-        """Takes the rest of S from the weight (m, n), in place, after ``join``."""
+        """Subtracts the rest of S from the weight (m, n) in place. Must follow ``join``."""
 
     @abc.abstractmethod
     def add_to_rows_(self, change: Tensor, rows: slice) -> None:
-        """Takes these rows of the rest of S from what is to be added to them, (rows, n), in place."""
+        """Subtracts these rows of the rest of S from their change (rows, n), in place. Must follow ``join``."""
 
     def _phi(self, update: Tensor) -> Tensor:
         phi = _norms(update, self.dim) / (abs(self.lr) * self.scale * (self.norms + _EPS))
-        return torch.where(self.norms > 0, phi, 0.0)  # momentum moves a row whose gradient is zero
+        return torch.where(self.norms > 0, phi, 0.0)  # a zero gradient row has phi 0, even if momentum moves it
 
     def _step_size(self, norm: Tensor) -> Tensor:
-        """The learning rate, smaller where the norm of S has grown by too much; notes the norm."""
+        """Returns the learning rate, reduced if the norm of S has grown by too much; stores the reduced norm."""
         shrink = torch.where(self.limit > 0, (_GROWTH * self.limit / (norm + _EPS)).clamp_max(1.0), 1.0)
         self.limit.copy_(norm * shrink)
         return shrink * self.lr
@@ -78,18 +78,18 @@ class Complement(abc.ABC):
 
 @dataclasses.dataclass
 class FormedComplement(Complement):
-    """One that has been formed, or some entries of it.
+    """A remainder that has been formed, at all or some entries.
 
     Attributes:
-        grad: G - P P^T G, (m, n), or (m, k) of its entries; then S times its step size.
-        columns: (b, k) int32, which entries; None for all.
+        grad: G - P P^T G, (m, n), or (m, k) at some entries; after ``join``, S times its step size.
+        columns: (b, k) int32, the entries; None for all.
     """
 
     grad: Tensor
     columns: Tensor | None = None
 
     def join(self, update: Tensor) -> Tensor:
-        """L as it is."""
+        """Scales S; returns L unchanged."""
         if self.lr == 0.0:
             self.grad.zero_()
             return update
@@ -101,14 +101,14 @@ class FormedComplement(Complement):
         return update
 
     def take_from_(self, weight: Tensor) -> None:
-        """All of S."""
+        """Subtracts all of S."""
         if self.columns is None:
             weight.sub_(self.grad)
         else:
             add_at_(weight, self.columns, self.grad.neg_())
 
     def add_to_rows_(self, change: Tensor, rows: slice) -> None:
-        """Some rows of S."""
+        """Subtracts some rows of S."""
         if self.columns is None:
             change.sub_(self.grad[rows])
         else:
@@ -117,11 +117,11 @@ class FormedComplement(Complement):
 
 @dataclasses.dataclass
 class FactoredComplement(Complement):
-    """One whose gradient is there as A and B.
+    """A remainder whose gradient is given by the factors A and B.
 
     Attributes:
-        product: those.
-        projected: R, (m, r) or (r, n), not consumed by the step.
+        product: the factors.
+        projected: a copy of R, (m, r) or (r, n), which the step does not consume.
         energies: squared norms of the rows (m, 1) or columns (1, n) of G - P P^T G, float32.
     """
 
@@ -131,7 +131,7 @@ class FactoredComplement(Complement):
     _factors: Tensor | None = None
 
     def join(self, update: Tensor) -> Tensor:
-        """L and what S takes back of the projection."""
+        """Returns L plus the scaled R, which compensates for the projection of the scaled G."""
         if self.lr == 0.0:
             return update
         phi = self._phi(update)
@@ -139,12 +139,12 @@ class FactoredComplement(Complement):
         return update + (self.projected * self._factors).to(update.dtype)
 
     def take_from_(self, weight: Tensor) -> None:
-        """G, scaled."""
+        """Subtracts the scaled G."""
         if self._factors is not None:
             self.product.take_from_(weight, self._factors, self.dim)
 
     def add_to_rows_(self, change: Tensor, rows: slice) -> None:
-        """Some rows of G, scaled."""
+        """Subtracts some rows of the scaled G."""
         if self._factors is not None:
             self.product.take_from_rows_(change, self._factors, self.dim, rows)
 
@@ -152,12 +152,12 @@ class FactoredComplement(Complement):
 def complement_at(
     record: ProjectedParameter, errors: Tensor, projected: Tensor, group: Mapping[str, Any], scale: float
 ) -> Complement:
-    """What the projection leaves of a gradient at the entries of the weight's residual.
+    """Creates the remainder of a gradient at the entries of the weight's sparse residual.
 
     Args:
-        record: of the weight.
-        errors: G - P P^T G there, (m, k); consumed.
-        projected, group, scale: as of ``complement_of``.
+        record: record of the weight.
+        errors: G - P P^T G at the entries, (m, k); overwritten.
+        projected, group, scale: as for ``complement_of``.
     """
     residual = record.residual
     assert residual is not None and residual.norm is not None
@@ -173,15 +173,15 @@ def complement_of(
     group: Mapping[str, Any],
     scale: float,
 ) -> Complement:
-    """What the projection leaves of a gradient.
+    """Creates the remainder of a gradient at all entries.
 
     Args:
-        record: of the weight.
-        grad: G, (m, n), or its factors; consumed.
-        energies: those of its factors' product.
-        projected: R, (m, r) or (r, n); will be consumed by the step.
+        record: record of the weight.
+        grad: G, (m, n), which is overwritten, or its factors.
+        energies: squared norms of G's rows or columns, float32; required with factors, otherwise unused.
+        projected: R, (m, r) or (r, n); the step will consume it.
         group: the param group.
-        scale: as of ``Complement``.
+        scale: as for ``Complement``.
     """
     assert record.complement_norm is not None
     about = (record.dim, _norms(projected, record.dim), record.complement_norm, _learning_rate(group), scale)
@@ -201,7 +201,7 @@ def _learning_rate(group: Mapping[str, Any]) -> float:
 
 
 def _energies_back(projected: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
-    """Squared norms of the rows or columns of P R: those of R, but for what the basis is not orthonormal by."""
+    """Returns squared norms of the rows or columns of the back-projected R; equal to R's for an orthonormal basis."""
     gram, low = basis.float().T @ basis.float(), projected.float()
     if dim is ProjectedDim.COLS:
         return (low @ gram * low).sum(1, keepdim=True)

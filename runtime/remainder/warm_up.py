@@ -1,7 +1,7 @@
-"""The residuals of a model's projected weights: what of their gradients is used, and the states that they keep.
+"""Trains the residuals of a model's projected weights: their gradients and their states.
 
-While the entries are learnt a weight keeps their scores, a number for each column of a block of rows; then the
-optimizer's states, of the entries' shape, or the norm of what was added last.
+While its entries are learnt, a weight keeps their scores, one for each slot of a block of rows. Afterwards it keeps
+optimizer states of the shape of the entries, or the norm of the last applied residual.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,11 +18,11 @@ MakeState = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 def new_residual_state(record: ProjectedParameter, make_state: MakeState) -> dict[str, Tensor]:
-    """What a weight keeps for its residual now.
+    """Returns the current state tensors of a weight's residual, by name; empty without a residual.
 
     Args:
-        record: of the weight.
-        make_state: new states of the optimizer class for a weight and a gradient of a shape.
+        record: record of the weight.
+        make_state: returns new states of the optimizer class for a weight and a tensor of the gradient's shape.
     """
     residual = record.residual
     if record.complement_norm is not None:
@@ -38,13 +38,13 @@ def new_residual_state(record: ProjectedParameter, make_state: MakeState) -> dic
 
 
 class ResidualTraining:
-    """Those of one model.
+    """Trains the sparse residuals of one model.
 
     Args:
         records: the projected parameters.
-        states: of the optimizer, by weight.
-        counters: of the optimizer.
-        make_state: as of ``new_residual_state``.
+        states: states of the optimizer, by weight.
+        counters: counters of the optimizer.
+        make_state: as for ``new_residual_state``.
     """
 
     def __init__(
@@ -59,14 +59,17 @@ class ResidualTraining:
         self._make_state = make_state
 
     def entries(self, record: ProjectedParameter | None, projected: Tensor) -> Tensor | None:
-        """What the entries of a weight are to be updated with, and the gradient is consumed.
+        """Consumes the gradient at the entries of a weight and returns the input of their update.
+
+        While the entries are learnt, this method learns from the gradient instead.
 
         Args:
-            record: of the weight, None where it is not projected.
+            record: record of the weight; None if it is not projected.
             projected: R.
 
         Returns:
-            (m, k); None where the weight has no residual, or is learning its entries, which is done here then.
+            (m, k): G for rectified, E for the other variants. None if the weight has no residual or no gradient at
+            the entries, or while they are learnt.
         """
         residual = record.residual if record is not None else None
         if record is None or residual is None or residual.leaf.grad is None:
@@ -80,10 +83,10 @@ class ResidualTraining:
         return None
 
     def set_learning(self, num_updates: int) -> Callable[[], None]:
-        """Ends the learning of entries where its updates are over, or goes back to it for a state from before.
+        """Ends the learning of entries after the warm-up, or resumes it for an earlier state.
 
         Returns:
-            What undoes it, as long as no entries have been learnt since.
+            A function that undoes the change; valid until entries are learnt again.
         """
         before = []
         for record in self._records:

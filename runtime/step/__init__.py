@@ -1,1 +1,1 @@
-"""The optimizer: gradients in, updated weights, states and bases out."""
+"""The optimizer: turns gradients into updates of weights, states and bases."""

@@ -1,11 +1,10 @@
-"""Updates inside the backward: each parameter when its gradient is complete, in whichever form it comes.
+"""Updates each parameter inside the backward, as soon as its gradient is complete.
 
-    full gradient, R, entries     a hook on what autograd adds it up in
-    A and B of G = A^T B          a call out of the backward's graph (gradient_consumer.py)
+    full gradient, R, entries     a hook on the leaf in which autograd accumulates it
+    A and B of G = A^T B          a call from the backward's graph (gradient_consumer.py)
 
-One window has one update of each parameter; a second gradient could not be added to the first. Where a weight whose
-gradient is consumed has been used more than once, which one backward may go through, G is formed and added up until
-autograd has no more for it.
+Each parameter is updated once per window; a second gradient could not be added to the first. If a weight with consumed
+gradients is used several times in a window, G is formed and accumulated until autograd has finished with the weight.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,23 +21,24 @@ from galore_fx.runtime.subspace.projected_parameter import GradientForm, Project
 from galore_fx.runtime.subspace.refresher import BasisRefresh, Observer
 from galore_fx.runtime.torch_private import accumulates
 
-# Parameter, gradient (R if it is projected), what the projection leaves of it and is to be applied.
+# Applies an update from a parameter, its gradient (R if projected), and the remainder to apply, if any.
 Update = Callable[[nn.Parameter, Tensor, Complement | None], None]
 
 
 class BackwardUpdates:
-    """Those of one model.
+    """Updates the parameters of one model inside the backward.
 
     Attributes:
-        updated: identities of the parameters that have been updated in this window.
+        updated: ``id`` of each parameter that has been updated in this window.
 
     Args:
-        records: the projected parameters, by the identity of the weight.
-        refreshes, counters: of the optimizer.
-        groups: the param group of each parameter, by its identity.
+        records: the projected parameters, by ``id`` of the weight.
+        refreshes: refreshes of the optimizer.
+        counters: counters of the optimizer.
+        groups: param group of each parameter, by the parameter's ``id``.
         scale: factor of back-projected updates.
-        update: does it.
-        observe: is told of each, with the gradient it consumes.
+        update: applies one update.
+        observe: returns a context for each update, from its kind and the gradient it consumes.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class BackwardUpdates:
         self._consumed: set[int] = set()
 
     def install(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Hooks on all that gradients arrive in; they hold neither this object nor the parameters."""
+        """Installs hooks on the parameters and their leaves; the hooks hold neither this object nor the parameters."""
         for parameter in parameters:
             record = self._records.get(id(parameter))
             holders = [parameter, *(record.gradient_leaves() if record is not None else ())]
@@ -68,26 +68,26 @@ class BackwardUpdates:
                 record.consume = weak_hook(self, "consume", parameter)
 
     def finish(self) -> None:
-        """Updates what has waited for more of its gradient and heard of none."""
+        """Updates the weights that still wait for more of an accumulated G; the backward is over."""
         for key, record in self._records.items():
             if record.complement_norm is not None and record.weight.grad is not None and key not in self.updated:
                 self._take(record.weight, record.weight)
 
     def close_window(self) -> None:
-        """From now on each parameter may be updated again."""
+        """Starts a new window, in which each parameter may be updated again."""
         self.updated.clear()
         self._consumed.clear()
         for record in self._records.values():
             record.num_uses = 0
 
     def take(self, parameter: nn.Parameter, holder: Tensor) -> None:
-        """Updates a parameter from what a leaf or the parameter itself has got.
+        """Updates a parameter from the gradient in ``holder``, one of its leaves or the parameter itself.
 
         Raises:
-            UsageError: it has been updated in this window.
+            UsageError: the parameter has already been updated in this window.
         """
         if holder.grad is None or not parameter.requires_grad:
-            return  # the other form was delivered; autograd calls the hook all the same
+            return  # another form was delivered; autograd calls the hook anyway
         record = self._records.get(id(parameter))
         if record is not None and id(parameter) in self._consumed and holder is not parameter:
             holder.grad = None
@@ -99,7 +99,7 @@ class BackwardUpdates:
         record = self._records.get(id(parameter))
         if record is not None and holder is not parameter:
             if any(leaf.grad is None for leaf in record.gradient_leaves()):
-                return  # R has come and the entries of its residual have not, or the other way round
+                return  # R or the entries of the residual are still missing
             holder = record.leaf
         with torch.no_grad():
             whole = parameter.grad if record is not None and record.complement_norm is not None else None
@@ -108,22 +108,23 @@ class BackwardUpdates:
                 holder = record.leaf
             grad, holder.grad = holder.grad, None
             assert grad is not None
-            # By the norm: torch.isfinite on the gradient itself would make temporaries of its size.
+            # torch.isfinite on the gradient itself would create temporaries of its size.
             norm = torch.linalg.vector_norm(grad if whole is None else whole)
             self._finish(parameter, grad, whole, norm)
 
     def consume(self, parameter: nn.Parameter, rows: Tensor, cols: Tensor) -> Tensor:
-        """Updates a parameter from the factors of its gradient, without forming more of it than an SVD wants.
+        """Updates a parameter from the factors of its gradient; forms G only for an SVD or several uses.
 
         Args:
             parameter: W, (m, n).
-            rows, cols: A (t, m) and B (t, n) of ``G = A^T B``.
+            rows: A, (t, m), of ``G = A^T B``.
+            cols: B, (t, n).
 
         Returns:
-            A tensor of R's shape and dtype, of no more use.
+            R, in the dtype of its leaf; an update may have overwritten it.
 
         Raises:
-            UsageError: the parameter has been updated in this window.
+            UsageError: the parameter has already been updated in this window.
         """
         record, product = self._records[id(parameter)], GradientProduct(rows, cols)
         projected = product.projected(record.basis, record.dim).to(record.leaf.dtype)
@@ -132,7 +133,7 @@ class BackwardUpdates:
         is_due = self._refreshes.is_due(record) and record.basis_owner is None
         is_sketched = is_due and record.source.looks_at_gradient and not record.source.needs_full
         if not parameter.requires_grad:
-            if is_sketched:  # for those that share its basis
+            if is_sketched:  # for the weights that share its basis
                 self._keep_sketch(record, product, projected)
                 self._refreshes.apply_after(record, self.updated)
             return projected
@@ -165,7 +166,7 @@ class BackwardUpdates:
         norm: Tensor,
         energies: Tensor | None = None,
     ) -> None:
-        """The update, unless the gradient is not finite, and the refresh that waits for it."""
+        """Applies the update if the gradient is finite, then any refresh that waits for it."""
         record = self._records.get(id(parameter))
         if torch.isfinite(norm):
             with self._observe("update", whole if isinstance(whole, Tensor) else grad):

@@ -1,4 +1,4 @@
-"""The gradients of a window that waits for ``step()``: projected where they are, full elsewhere."""
+"""Gradients of a window that ends in ``step()``: R for projected weights, full gradients for other parameters."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -10,12 +10,12 @@ from galore_fx.runtime.subspace.refresher import BasisRefresh
 
 
 class DeferredGradients:
-    """Those of one model.
+    """Collects the gradients of one model.
 
     Args:
-        parameters: the optimizer's, in order.
-        records: the projected ones, by the identity of the weight.
-        refreshes: of the optimizer.
+        parameters: returns the parameters of the optimizer, in order.
+        records: the projected parameters, by ``id`` of the weight.
+        refreshes: refreshes of the optimizer.
     """
 
     def __init__(
@@ -27,15 +27,15 @@ class DeferredGradients:
         self._parameters, self._records, self._refreshes = parameters, records, refreshes
 
     def collect(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with its gradient, projected where it is; full gradients of what is due are consumed."""
+        """Returns the trainable parameters with their gradients; projects full gradients of projected weights first."""
         gradients = []
         is_finite = self._full_gradients_are_finite()
         for parameter in self._parameters():
             if not parameter.requires_grad:
-                continue  # frozen since compile: as torch.optim, which sees no gradient then
+                continue  # frozen since compile; torch.optim skips it too, for want of a gradient
             record = self._records.get(id(parameter))
             if record is not None and parameter.grad is not None:
-                # One that is not finite itself is counted as a refresh that failed.
+                # A gradient that is itself not finite counts as a failed refresh.
                 renew = is_finite or not bool(torch.isfinite(torch.linalg.vector_norm(parameter.grad)))
                 self._refreshes.project_full(record, parameter.grad, renew=renew)
             holder = record.leaf if record is not None else parameter
@@ -44,7 +44,7 @@ class DeferredGradients:
         return gradients
 
     def holders(self) -> Iterable[Tensor]:
-        """What the gradients arrive in, those of residuals too."""
+        """Yields the tensors whose ``.grad`` holds the gradients, the leaves of residuals included."""
         for parameter in self._parameters():
             record = self._records.get(id(parameter))
             yield record.leaf if record is not None else parameter
@@ -52,7 +52,7 @@ class DeferredGradients:
                 yield record.residual.leaf
 
     def _full_gradients_are_finite(self) -> bool:
-        """Whether nothing keeps a step from following on the bases that full gradients are about to renew."""
+        """Returns whether the step will not be skipped; True without a check if no full gradient renews a basis now."""
         records = self._records.values()
         if not any(record.source.needs_full and self._refreshes.is_due(record) for record in records):
             return True

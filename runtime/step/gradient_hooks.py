@@ -1,4 +1,4 @@
-"""Hooks on gradients: what they may hold, and how it is noticed that someone else has changed a gradient."""
+"""Gradient hooks that hold no references, and detection of gradients and weights changed by other code."""
 
 import warnings
 import weakref
@@ -12,9 +12,9 @@ from galore_fx.runtime.formats.quantized_tensor import stored_tensors
 
 
 def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[..., Any]:
-    """A hook that calls ``owner.method(parameter, ...)`` with what it is given, as long as both are alive.
+    """Returns a hook that calls ``owner.method(parameter, ...)`` with its arguments, while both objects are alive.
 
-    It holds neither: a cycle through autograd's hooks is never collected.
+    The hook holds neither of them: a cycle through autograd's hooks is never collected.
     """
     weak_owner, weak_parameter = weakref.ref(owner), weakref.ref(parameter)
 
@@ -28,16 +28,16 @@ def weak_hook(owner: object, method: str, parameter: nn.Parameter) -> Callable[.
 
 
 def weak_method(owner: object, method: str) -> Callable[..., Any]:
-    """``owner.method``, without holding the owner, which has to live when it is called."""
+    """Returns a function that calls ``owner.method`` without holding the owner, which must be alive at the call."""
     weak_owner = weakref.ref(owner)
     return lambda *given: getattr(weak_owner(), method)(*given)
 
 
 class WriteWatch:
-    """Notices that parameters are changed between updates by something that cannot know the projected gradients.
+    """Detects changes of parameters between updates by code that cannot see the projected gradients.
 
-    SAM and its like move weights along their ``.grad`` before a second backward; projected weights have none and would
-    stay. Seen by the versions of the tensors: every parameter at full rank was written to and no projected one was.
+    SAM and similar methods move weights along their ``.grad`` before a second backward; projected weights have none and
+    would not move. The tensors' versions reveal this: all full-rank parameters were written and no projected weight.
     """
 
     def __init__(self) -> None:
@@ -45,15 +45,15 @@ class WriteWatch:
         self._has_warned = False
 
     def note(self, parameters: Iterable[nn.Parameter]) -> None:
-        """All changes up to now are our own."""
+        """Records the versions of the parameters; all changes so far are our own."""
         self._versions = {id(parameter): _version(parameter) for parameter in parameters}
 
     def warn_of_others(self, parameters: Iterable[nn.Parameter], projected: Container[int]) -> None:
-        """Says so once.
+        """Warns once of such a change.
 
         Args:
-            parameters: those that are trained.
-            projected: identities of projected weights.
+            parameters: the trained parameters.
+            projected: ``id`` of each projected weight.
         """
         known = [p for p in parameters if id(p) in self._versions]
         written = {id(p) for p in known if _version(p) != self._versions[id(p)]}
@@ -74,10 +74,10 @@ def _version(parameter: nn.Parameter) -> int:
 
 
 class GradientWatch:
-    """Notices a clipping or scaling that could see the full-rank gradients only.
+    """Detects clipping or scaling that can only have seen the full-rank gradients.
 
-    A gradient's version tells that it was written to, and its first element that the values are other ones: who only
-    wants to know the norm (transformers' Trainer) multiplies by one.
+    The version of a gradient shows that it was written, and its first element that its values changed: transformers'
+    Trainer multiplies by one if it only needs the norm.
     """
 
     def __init__(self) -> None:
@@ -85,20 +85,20 @@ class GradientWatch:
         self._has_warned = False
 
     def note(self, parameter: nn.Parameter, _holder: Tensor) -> None:
-        """Remembers a full gradient as autograd left it."""
+        """Records version and first element of a full gradient when autograd has accumulated it."""
         if parameter.grad is not None and parameter.grad.numel() > 0:
             self._noted[id(parameter)] = parameter.grad._version, _first_element(parameter.grad).clone()
 
     def forget(self) -> None:
-        """All changes up to now are our own."""
+        """Forgets the recorded gradients; all changes so far are our own."""
         self._noted.clear()
 
     def warn_of_missing(self, trained: Iterable[nn.Parameter], found: Iterable[nn.Parameter]) -> None:
-        """Says once that no projected weight got a gradient, though others did.
+        """Warns once if no projected weight got a gradient although other parameters did.
 
         Args:
             trained: the projected weights.
-            found: all parameters that got one.
+            found: all parameters with a gradient.
         """
         keys = {id(parameter) for parameter in trained if parameter.requires_grad}
         if keys and not self._has_warned and keys.isdisjoint(map(id, found)):
@@ -110,7 +110,7 @@ class GradientWatch:
             )
 
     def warn_of_changes(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Says so where someone has changed full gradients and cannot have changed the projected ones."""
+        """Warns if full gradients were changed by code that cannot have changed the projected ones."""
         for parameter in parameters:
             noted = self._noted.get(id(parameter))
             if noted is None or parameter.grad is None or parameter.grad._version == noted[0]:

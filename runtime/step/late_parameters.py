@@ -1,7 +1,8 @@
-"""Parameters that a model has come to train since it was compiled: unfrozen, put in another's place, or added.
+"""Parameters that became trainable after compile: unfrozen, exchanged for another one, or added.
 
-A plan knows only what was trained when it was made. What comes later is trained at full rank, in the group that lists
-it or else in the first one, and is named once with what its states take; what has left the model is named, too.
+The plan covers only the parameters that were trainable at compile. Later ones are trained at full rank, in the param
+group that lists them or else in the first one. A warning reports them with the size of their states; another one
+reports parameters that have left the model.
 """
 
 import logging
@@ -20,7 +21,7 @@ NamedParameters = Callable[[], Iterable[tuple[str, nn.Parameter]]]
 
 
 def parameters_of(model: nn.Module) -> NamedParameters:
-    """The model's parameters by name, as long as it lives; the model is not held."""
+    """Returns a function that lists the named parameters of a model, without holding it; empty once it is gone."""
     weak = weakref.ref(model)
 
     def named() -> Iterable[tuple[str, nn.Parameter]]:
@@ -31,17 +32,17 @@ def parameters_of(model: nn.Module) -> NamedParameters:
 
 
 class LateParameters:
-    """Those of one optimizer.
+    """Adds late parameters to one optimizer.
 
     Attributes:
-        names: of the parameters that have been taken in, in that order.
-        without_gradient: names of the trainable parameters that got no gradient in the first update.
+        names: names of the parameters that have been added, in order.
+        without_gradient: names of the trainable parameters without a gradient in the first update.
 
     Args:
-        named: the model's parameters.
-        states: of the optimizer; a parameter that has none is not trained.
-        param_groups: of the optimizer.
-        take_in: called with each new parameter and its group; makes its state and hooks.
+        named: returns the parameters of the model with their names.
+        states: optimizer states, by parameter; a parameter without one is not trained.
+        param_groups: param groups of the optimizer.
+        take_in: called with each new parameter and its group; creates its state.
     """
 
     def __init__(
@@ -58,12 +59,11 @@ class LateParameters:
         self._appended: set[int] = set()
 
     def look(self, trained: Collection[nn.Parameter], name_of: Mapping[int, str]) -> None:
-        """Takes in what the model has come to train, and names what it has lost.
+        """Adds parameters that have become trainable, and warns once of parameters that have left the model.
 
         Args:
-            trained: the optimizer's parameters.
-            name_of: names of projected weights, by identity.
-
+            trained: the parameters of the optimizer.
+            name_of: names of projected weights, by ``id``.
         """
         named = dict(self._named())
         if not named:
@@ -89,11 +89,11 @@ class LateParameters:
             )
 
     def name_unmoved(self, trained: Iterable[nn.Parameter], updated: Collection[int]) -> None:
-        """Says which parameters the first update has left where they were, since they got no gradient.
+        """Logs the parameters that the first update did not move, for want of a gradient.
 
         Args:
-            trained: those that might have.
-            updated: identities of those that did.
+            trained: all trainable parameters.
+            updated: ``id`` of each updated parameter.
         """
         unmoved = {id(parameter) for parameter in trained if id(parameter) not in updated}
         self.without_gradient = [name for name, p in self._named() if id(p) in unmoved]
@@ -105,13 +105,13 @@ class LateParameters:
             )
 
     def take_again(self, names: Iterable[str]) -> Callable[[], None]:
-        """Takes in the parameters of these names in this order, as the run did whose state is to be loaded.
+        """Adds the parameters with these names in order, as the run did whose state is about to be loaded.
 
         Returns:
-            What undoes it.
+            A function that undoes the additions.
 
         Raises:
-            OptimizerError: one of them was trained from the start here, so that it stands elsewhere among the states.
+            OptimizerError: a parameter is trained from the start here, so its state has a different position.
         """
         named, taken = dict(self._named()), list(self.names)
         for name in names:

@@ -1,4 +1,4 @@
-"""The states of each parameter: what the optimizer class keeps, the basis, and what a residual keeps."""
+"""States of each parameter: optimizer states, basis, and residual states."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +14,13 @@ from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 
 
 class ParameterStates:
-    """Makes them, and reads the param groups that they depend on.
+    """Creates states, and reads the param groups that they depend on.
 
     Args:
-        updates: the lowered step.
-        states: of the optimizer, by parameter; states that come to be needed later are added there.
-        groups: the param group of each parameter, by its identity.
-        records: the projected parameters, by the identity of the weight.
+        updates: the lowered optimizer step.
+        states: optimizer states, by parameter; states that become necessary later are added there.
+        groups: param group of each parameter, by the parameter's ``id``.
+        records: the projected parameters, by ``id`` of the weight.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class ParameterStates:
         self._settings: dict[int, Any] = {}
 
     def close_window(self) -> None:
-        """The settings are read anew at the next update; a basis may have become that of another weight."""
+        """Forgets the settings, so the next update reads them anew, and updates states whose basis is now shared."""
         self._settings.clear()
         for record in self._records.values():
             if record.basis_owner is not None:
@@ -43,13 +43,13 @@ class ParameterStates:
                 record.shares_basis = False
 
     def settings(self, group: dict[str, Any]) -> Any:
-        """The group's numbers, read once per window: at its first update, after any scheduler has changed them."""
+        """Returns the settings of a group, read once per window: at its first update, after any scheduler's change."""
         if id(group) not in self._settings:
             settings = self._settings[id(group)] = self._updates.read(group)
             wanted = self._updates.layout(settings, group).initial.keys()
             for parameter in filter(self._states.__contains__, group["params"]):  # a frozen one has none
                 missing = wanted - self._states[parameter].keys()
-                if missing:  # a setting has left zero that brings a state with it, as SGD's momentum does
+                if missing:  # a setting is no longer zero and needs a state, such as SGD's momentum
                     new = self.new(parameter)
                     added = [*missing, *(name + SCALES for name in missing), "started"]
                     added += [RESIDUAL + name for name in added]
@@ -57,7 +57,7 @@ class ParameterStates:
         return self._settings[id(group)]
 
     def new(self, parameter: Tensor) -> dict[str, Tensor]:
-        """All that a parameter keeps, as before its first update."""
+        """Returns all states of a parameter, as before its first update."""
         record = self._records.get(id(parameter))
         state = self.like(parameter, record.leaf if record is not None else parameter)
         if record is not None:
@@ -69,12 +69,12 @@ class ParameterStates:
         return state
 
     def like(self, parameter: Tensor, like: Tensor) -> dict[str, Tensor]:
-        """New states of the optimizer class for a parameter and a gradient of the shape of ``like``."""
+        """Returns new states of the optimizer class for a parameter and a gradient of the shape of ``like``."""
         group = self._groups[id(parameter)]
         layout = self._updates.layout(self._updates.read(group), group)
         state = layout.format.make(layout.initial, like, parameter.dtype)
         state |= {name: torch.tensor(value, dtype=torch.float32) for name, value in layout.scalars.items()}
         if None in layout.initial.values():
-            # Some of the state is made by the first step (SGD's momentum), whose graph is another one.
+            # The first step creates some states (SGD's momentum) and has a graph of its own.
             state["started"] = torch.tensor(0.0)
         return state

@@ -1,4 +1,4 @@
-"""The state of a training as it is saved: tensors and numbers, restored in place with their dtypes kept."""
+"""Restores a saved training state of tensors and numbers, in place and with the dtypes kept."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -17,21 +17,21 @@ def restore(
     state_dict: dict[str, Any],
     sharing: Collection[int] = (),
 ) -> dict[str, Any]:
-    """Copies a saved state into ``state`` and the settings of ``param_groups``, after it has all been checked.
+    """Copies a saved state into ``state`` and the settings of ``param_groups``, after checking all of it.
 
     ``torch.optim.Optimizer.load_state_dict`` would cast the state to the parameters' dtype and replace the tensors.
 
     Args:
-        state: by parameter.
-        param_groups: of the optimizer.
-        state_dict: what was saved.
-        sharing: identities of the parameters whose basis is that of another one, which is read there.
+        state: optimizer states, by parameter.
+        param_groups: param groups of the optimizer.
+        state_dict: the saved state.
+        sharing: ``id`` of each parameter that uses the basis of another one; its own saved basis is ignored.
 
     Returns:
         The part of the saved state that belongs to no parameter.
 
     Raises:
-        OptimizerError: saved by another optimizer or for other parameters; nothing has been changed then.
+        OptimizerError: the state belongs to another optimizer or to other parameters; nothing has been changed.
     """
     extra: dict[str, Any] | None = state_dict.get("galore_fx")
     if extra is None or extra.get("version") != STATE_VERSION:
@@ -44,7 +44,7 @@ def restore(
     if saved_sizes != sizes:
         raise OptimizerError(f"the saved state has groups of {saved_sizes} parameters, this optimizer has {sizes}")
     parameters = [p for group in param_groups for p in group["params"]]
-    # A parameter that has been frozen all the time has no state.
+    # A parameter that was always frozen has no state.
     states = [state_dict["state"].get(i, {}) for group in saved_groups for i in group["params"]]
     for parameter, saved in zip(parameters, states, strict=True):
         _check_same(state.get(parameter, {}), saved)

@@ -1,14 +1,14 @@
 """The optimizer that steps a compiled model: the user's ``torch.optim`` class, lowered into subspaces.
 
-One *window* is what lies between two calls of ``step()``: one forward and backward, or several micro-batches.
+A *window* is the time between two calls of ``step()``: one forward and backward, or several micro-batches.
 
-    deferred      backward: R and full gradients are kept and added up  |  step(): norm, clip, update all, refresh
+    deferred      backward: R and full gradients accumulate  |  step(): norm, clip, update all, refresh
     in-backward   backward: each parameter is updated when its gradient is complete  |  step(): closes the window
 
-A basis that is due is renewed in two ways. Exact SVD: the window's backwards deliver the full gradient of what is
-due; ``step()`` computes the new basis, projects with it and updates. Subspace iteration: the backward of the first
-micro-batch also delivers the sketch ``G^T G P``; the update still uses the old basis, the new one holds from the next
-window on. So the basis is constant inside a window and accumulated gradients are exact.
+A due basis is refreshed in one of two ways. Exact SVD: the backwards of the window deliver the full gradients of due
+weights; ``step()`` computes the new basis, projects with it and updates. Subspace iteration: the backward of the first
+micro-batch also delivers the sketch ``G^T G P``; the update uses the old basis, and the new one applies from the next
+window on. The basis is thus constant within a window, and accumulated gradients are exact.
 """
 
 import dataclasses
@@ -46,24 +46,29 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 class SubspaceOptimizer(torch.optim.Optimizer):
     """Steps all parameters of a compiled model.
 
+    Attributes:
+        counters: counts updates, refreshes and skipped steps.
+        grad_norm: norm of all gradients in the last deferred step, before clipping; None before the first.
+
     Args:
-        param_groups: of the model's own parameters, as the user's class made them. Shared, not copied: a scheduler
-            built on the user's instance still steers this one.
-        defaults: of the user's class; schedulers look into them.
-        updates: the lowered step.
+        param_groups: param groups of the user's optimizer with the model's parameters. They are shared, not copied, so
+            a scheduler of the user's instance also controls this one.
+        defaults: defaults of the user's class, which schedulers read.
+        updates: the lowered optimizer step.
         records: the projected parameters.
-        layers: for each record, the index of its region; regions take turns in refreshing.
-        schedule: when they are due.
+        layers: index of the region of each record; regions take turns to refresh.
+        schedule: refresh schedule of the regions.
         criterion: decides with the schedule which bases are due.
-        by_first_vector: measure stability by the first vectors of two bases and not by their overlap.
-        limits: of what may refresh in the same update; costs: of each region's refresh.
-        moments_on_refresh: "keep", "rotate" or "reset": what becomes of a weight's states with a new basis.
+        by_first_vector: measure stability by the first vectors of the bases instead of their overlap.
+        limits: limits of the refreshes in one update.
+        costs: refresh cost of each region.
+        moments_on_refresh: treatment of a weight's states at a refresh, "keep", "rotate" or "reset".
         scale: factor of back-projected updates.
         in_backward: update inside the backward.
-        max_grad_norm: clip before each update, None for not.
-        rounding_seed: of the stochastic rounding of weights in 16 and 8 bits, None to round them to the nearest.
-        named: the model's parameters by name, to find those that it trains later; None for no model.
-        merge: adds low-rank changes to frozen weights from time to time, None for never.
+        max_grad_norm: norm to clip to before each update; None to not clip.
+        rounding_seed: seed of the stochastic rounding of weights in 16 and 8 bits; None to round to nearest.
+        named: returns the model's named parameters, to detect late ones; returns none if there is no model.
+        merge: merges low-rank changes into frozen weights at intervals; None to never merge.
     """
 
     def __init__(
@@ -134,20 +139,21 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self._open_window()
         if records:
             refuse_other_optimizers(SubspaceOptimizer)
-            self._step_supports_amp_scaling = True  # a GradScaler then tells step() of itself, and is refused
+            self._step_supports_amp_scaling = True  # makes a GradScaler announce itself to step(), which rejects it
 
-    # What the user calls.
+    # Public methods.
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates the parameters (deferred), or closes the window in which the backward has updated them.
+        """Updates the parameters (deferred), or closes the window whose backward has updated them.
 
-        Where a gradient is not finite no weight and no state is updated, and the step is counted as skipped.
+        A deferred step with a gradient that is not finite updates no weight and no state, and counts as skipped.
 
         Args:
-            closure: evaluates the model again and returns the loss; called first, with grad enabled.
+            closure: evaluates the model again and returns the loss; called first, with grad enabled. ``step`` returns
+                its result, or None without a closure.
 
         Raises:
-            UsageError: called by a GradScaler, which does not see projected gradients.
+            UsageError: the caller is a GradScaler, which does not see projected gradients.
         """
         if self._records:
             refuse_scaler(self)
@@ -162,7 +168,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
             self.late.look(list(self._parameters()), names)
             newly_hooked = self._install_hooks()
             if self.in_backward:
-                for parameter in newly_hooked:  # whose gradient has come without a hook
+                for parameter in newly_hooked:  # its gradient arrived before the hook
                     self._backward.take(parameter, parameter)
                 self._backward.finish()
                 self.refreshes.apply_rest()
@@ -172,18 +178,18 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return loss
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clips the 2-norm of all gradients together: projected ones as they are, full ones elsewhere.
+        """Clips the joint 2-norm of all gradients: R for projected weights, full gradients for other parameters.
 
         ``torch.nn.utils.clip_grad_norm_(model.parameters())`` sees only full-rank gradients; call this instead.
 
         Args:
-            max_norm: norm above which all gradients are scaled down to it.
+            max_norm: upper limit of the norm; larger gradients are scaled down to it.
 
         Returns:
             The norm before clipping, 0-d.
 
         Raises:
-            UsageError: in in-backward mode, where the gradients are gone.
+            UsageError: the optimizer updates inside the backward, which consumes the gradients.
         """
         if self.in_backward:
             raise UsageError(
@@ -200,10 +206,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return norm
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimizer is built: a later group would have neither state nor plan.
+        """Adds a group during construction; a later group would have neither states nor a plan.
 
         Raises:
-            UsageError: after that.
+            UsageError: the optimizer has been constructed.
         """
         if hasattr(self, "_groups"):
             raise UsageError(
@@ -213,24 +219,24 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients of the window, projected ones too."""
+        """Clears all gradients of the window, including projected gradients and sketches."""
         super().zero_grad(set_to_none)
         for record in self._records.values():
             record.clear()
         self.refreshes.forget()
 
     def request_refresh(self) -> None:
-        """Makes all bases due in the window that is open now, before its first forward."""
+        """Makes all bases due in the current window; call it before the first forward of the window."""
         self.refreshes.queue.request(self._layers, self.counters.num_updates)
         self.refreshes.set_forms()
 
     def limit_refreshes(self, limit: int | None) -> None:
-        """From the window on that is open now, before its first forward, so many regions refresh in one update."""
+        """Limits the regions that refresh in one update, None for no limit; call it before a window's first forward."""
         self.refreshes.queue.limits = dataclasses.replace(self.refreshes.queue.limits, num_layers=limit)
         self.refreshes.set_forms()
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim``: tensors and numbers only; ``galore_fx`` holds the counters and pending refreshes."""
+        """Returns the state as ``torch.optim`` does, with the counters and pending refreshes under ``galore_fx``."""
         saved = super().state_dict()
         saved["galore_fx"] = {
             "version": STATE_VERSION,
@@ -241,10 +247,10 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a saved state, copied in place with the dtypes kept; bit-identical to not having stopped.
+        """Restores a saved state in place, with the dtypes kept; the resumed run is bit-identical.
 
         Raises:
-            OptimizerError: saved by another optimizer or for other parameters; nothing is changed then.
+            OptimizerError: the state belongs to another optimizer or to other parameters; nothing is changed.
         """
         saved = state_dict.get("galore_fx", {})
         give_back = self.late.take_again(saved.get("late_parameters", ()))
@@ -274,7 +280,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         self.refreshes.set_forms()
 
     def _close_window(self, updated: set[int]) -> None:
-        """Ends a window in which the parameters of these identities were updated; none where it was skipped."""
+        """Ends a window in which the parameters with these ``id`` were updated; empty if the window was skipped."""
         self.zero_grad()
         self._states.close_window()
         self._watch.forget()
@@ -315,8 +321,8 @@ class SubspaceOptimizer(torch.optim.Optimizer):
     # Hooks.
 
     def _install_hooks(self) -> list[nn.Parameter]:
-        """On those parameters that are trained and have none yet: one that is frozen cannot have any. Returns them."""
-        misses_some = not all(record.delivers_full for record in self.records)  # who clips parameters' .grad
+        """Installs hooks on trained parameters that have none and returns these; a frozen one cannot have any."""
+        misses_some = not all(record.delivers_full for record in self.records)  # for code that clips parameters' .grad
         new = [parameter for parameter in self._trained() if id(parameter) not in self._hooked]
         self._hooked.update(map(id, new))
         for parameter in new:
@@ -331,7 +337,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
         return new
 
     def _take_in(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        """Makes ready for a parameter that is trained from now on."""
+        """Creates number, group and states of a parameter that is trained from now on."""
         self._numbers.setdefault(id(parameter), len(self._numbers))
         self._groups[id(parameter)] = group
         self.state[parameter] = self._states.new(parameter)
@@ -346,7 +352,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
 
     def _update(self, parameter: nn.Parameter, grad: Tensor, complement: Complement | None = None) -> None:
         group = self._groups[id(parameter)]
-        settings = self._states.settings(group)  # may add a state that the settings have come to need
+        settings = self._states.settings(group)  # may add a state that the settings need now
         state = self.state[parameter]
         record = self._records.get(id(parameter))
         started = state.get("started")
@@ -377,7 +383,7 @@ class SubspaceOptimizer(torch.optim.Optimizer):
                 state[f"{RESIDUAL}started"].fill_(1.0)
 
     def _transfer_moments(self, record: ProjectedParameter, basis: Tensor) -> None:
-        """What becomes of a weight's states when this basis takes the old one's place."""
+        """Adapts the states of a weight to a new basis, as ``moments_on_refresh`` requires."""
         state = self.state[record.weight]
         if self._moments_on_refresh == "reset":
             reset_moments(state, self._states.like(record.weight, record.leaf))

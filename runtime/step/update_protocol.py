@@ -1,4 +1,4 @@
-"""What the optimizer asks of the passes: the user's class, lowered. The runtime imports no pass; it is handed one."""
+"""Interface of the lowered optimizer step. The runtime imports no pass; it receives an implementation."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from galore_fx.runtime.subspace.projected_parameter import ProjectedParameter
 
 
 class Updates(Protocol):
-    """One optimizer step of one parameter, made from the user's class by the passes."""
+    """One optimizer step of one parameter, which the passes build from the user's class."""
 
     def read(self, group: Mapping[str, Any]) -> Any: ...
 

@@ -1,4 +1,4 @@
-"""How an optimizer's weights of 16 and 8 bits are rounded: by which random numbers, and what movement they make."""
+"""Rounding of weights in 16 and 8 bits: the random keys, and the measured movement."""
 
 from collections.abc import Mapping
 
@@ -12,20 +12,20 @@ from galore_fx.runtime.step.realised_movement import NUM_FIRST_UPDATES, Movement
 
 
 def is_narrow(parameter: nn.Parameter) -> bool:
-    """Whether a weight is stored in 16 or 8 bits, in which an update may be smaller than a step of the grid."""
+    """Returns whether a weight is stored in 16 or 8 bits, so that an update may be below a step of its grid."""
     return isinstance(parameter, QuantizedTensor) or rounds_by_chance(parameter.dtype)
 
 
 class WeightRounding:
-    """That of one optimizer.
+    """Rounding of one optimizer's weights.
 
     Attributes:
-        movement: what has been made of the movement that was intended.
+        movement: measures the realised share of the intended movement.
 
     Args:
-        seed: of the random numbers, None to round to the nearest.
-        numbers: the position of each parameter, by its identity; one that is added later has the next.
-        counters: of the optimizer.
+        seed: seed of the random numbers; None to round to nearest.
+        numbers: index of each parameter, by its ``id``; a parameter that is added later gets the next index.
+        counters: counters of the optimizer.
     """
 
     def __init__(self, seed: int | None, numbers: Mapping[int, int], counters: Counters) -> None:
@@ -34,9 +34,9 @@ class WeightRounding:
         self._numbers, self._counters = numbers, counters
 
     def key(self, parameter: nn.Parameter) -> Tensor | None:
-        """0-d int32: another one for each parameter and update, and the same in a run that is resumed.
+        """Returns the 0-d int32 key of a parameter for this update; a resumed run gets the same key.
 
-        None where the weight is not narrow, or is rounded to the nearest.
+        Returns None if the weight is not narrow or is rounded to nearest.
         """
         if self._keys is None or not is_narrow(parameter):
             return None
@@ -44,13 +44,13 @@ class WeightRounding:
         return self._keys.of(self._counters.num_updates, number, count, parameter.device)
 
     def probe(self, parameter: nn.Parameter, *, projected: bool) -> MovementProbe | None:
-        """What looks at this update of a parameter; None where it is not looked at."""
+        """Returns the movement probe for this update of a parameter; None if the update is not sampled."""
         if not is_narrow(parameter):
             return None
         kind = "projected" if projected else "full_rank"
         return self.movement.probe(kind, self._counters.num_updates, self._numbers[id(parameter)])
 
     def after_update(self) -> None:
-        """Called after each update: where weights are rounded to the nearest, says once that movement is lost."""
+        """Warns once if rounding to nearest loses movement; called after each update."""
         if self._keys is None and self._counters.num_updates == NUM_FIRST_UPDATES:
             self.movement.warn_of_loss()

@@ -1,1 +1,1 @@
-"""A weight in its subspace: projection, bases, when and how they are renewed."""
+"""Subspaces of weights: projection, bases, and their refreshes."""

@@ -1,43 +1,51 @@
-"""How a basis is found: from a gradient, from a sketch of it, or drawn."""
+"""Computes bases from a gradient, from a sketch of it, or at random."""
 
 import torch
 from torch import Tensor
 
 from galore_fx.runtime.subspace.projection import ProjectedDim
 
-# Largest |P^T P - I| that is accepted from the Cholesky factorisations before Householder QR takes over.
+# Largest |P^T P - I| accepted from Cholesky QR; above it Householder QR is used.
 ORTHONORMAL_TOLERANCE = 1e-5
 
 
 def sketch(rows: Tensor, cols: Tensor, projected: Tensor, dim: ProjectedDim) -> Tensor:
-    """``G G^T P`` (m, r) for ROWS, ``G^T G P`` (n, r) for COLS, from ``R`` and without forming ``G``.
+    """Returns ``G G^T P`` (m, r) for ROWS, ``G^T G P`` (n, r) for COLS, from ``R`` and without forming ``G``.
+
+    In 16 bits R is balanced first (``balanced``).
+
+    Args:
+        rows: A, (t, m), of ``G = A^T B``.
+        cols: B, (t, n).
+        projected: R, (r, n) for ROWS, (m, r) for COLS.
+        dim: the projected dimension.
 
     Source: the power iteration of Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4, started from the
-    previous basis; in 16 bits R is balanced first (``subspace.balanced``).
+    previous basis.
     """
     projected = balanced(projected, dim)
     return rows.T @ (cols @ projected.T) if dim is ProjectedDim.ROWS else cols.T @ (rows @ projected)
 
 
 def balanced(projected: Tensor, dim: ProjectedDim) -> Tensor:
-    """R in 16 bits with its vectors made nearly orthonormal, which span the same; R itself in wider formats.
+    """Makes the vectors of a 16-bit R nearly orthonormal, keeping their span; returns a wider R unchanged.
 
-    A sketch ``G^T (G P)`` squares what the singular values differ by: where the least that counts is a sixtieth of the
-    largest, its direction is three thousand times weaker in the sketch, and lost in the rounding of bfloat16. Of
-    ``G^T W`` with W orthonormal it is sixty times weaker. One pass of shifted Cholesky QR, in float32.
+    A sketch ``G^T (G P)`` squares the ratios of singular values. If the smallest relevant one is a sixtieth of the
+    largest, its direction is three thousand times weaker in the sketch and is lost in bfloat16 rounding. In ``G^T W``
+    with W orthonormal it is only sixty times weaker. Uses one pass of shifted Cholesky QR in float32.
 
     Args:
         projected: R, (r, n) for ROWS, (m, r) for COLS.
         dim: the projected dimension.
 
     Returns:
-        Of R's shape and dtype; with vectors of norm one only, where they cannot be factorised.
+        Shape and dtype of R. If the factorisation fails, the vectors are only normalised.
 
     Source: Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4, which orthonormalises after each product.
     """
     if projected.dtype.itemsize > 2:
         return projected
-    with torch.autocast(projected.device.type, enabled=False):  # which would make the products in 16 bits
+    with torch.autocast(projected.device.type, enabled=False):  # autocast would compute the products in 16 bits
         columns = (projected if dim is ProjectedDim.COLS else projected.T).float()
         columns = columns / torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(torch.float32).tiny)
         size, rank = columns.shape
@@ -50,10 +58,10 @@ def balanced(projected: Tensor, dim: ProjectedDim) -> Tensor:
 
 
 def _shift(size: int, rank: int) -> float:
-    """What is added to the diagonal of a Gram matrix of columns of norm one, so that it can be factorised.
+    """Returns the diagonal shift that makes the Gram matrix of unit-norm columns factorisable.
 
-    The source's is 11 (size r + r (r + 1)) u ||A||^2, with ||A||^2 <= r for such columns. It is a worst case; capped,
-    the condition after the pass is at most sqrt(r / 1e-2).
+    The source gives 11 (size r + r (r + 1)) u ||A||^2, where ||A||^2 <= r for such columns. This is a worst-case
+    bound, so it is capped at 1e-2; with the cap, the condition number after the pass is at most sqrt(r / 1e-2).
 
     Source: Fukaya et al. 2020, SIAM J. Sci. Comput. 42(1).
     """
@@ -61,9 +69,9 @@ def _shift(size: int, rank: int) -> float:
 
 
 def sketch_of(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
-    """One step of subspace iteration from a full gradient: ``G G^T P`` (m, r) for ROWS, ``G^T G P`` (n, r) for COLS.
+    """Applies one subspace iteration to a full gradient: ``G G^T P`` (m, r) for ROWS, ``G^T G P`` (n, r) for COLS.
 
-    In 16 bits what is between the two products is balanced.
+    In 16 bits the intermediate product is balanced.
 
     Source: Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4, started from the previous basis.
     """
@@ -75,11 +83,11 @@ def sketch_of(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
 
 
 def exact_basis(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
-    """The leading singular vectors of a gradient, by LAPACK's or cuSOLVER's SVD in float32.
+    """Returns the leading singular vectors of a gradient, by LAPACK's or cuSOLVER's SVD in float32.
 
     Returns:
-        (m, r) left vectors for ROWS, (n, r) right vectors for COLS, in the gradient's dtype; None where the
-        gradient is not finite or the SVD does not converge, so that the caller keeps the old basis.
+        (m, r) left vectors for ROWS, (n, r) right vectors for COLS, in the dtype of the gradient. None if the gradient
+        is not finite or the SVD does not converge; the caller then keeps the old basis.
 
     Source: GaLore, arXiv:2403.03507, algorithm 2.
     """
@@ -88,7 +96,7 @@ def exact_basis(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
 
 
 def exact_bases(grad: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """The leading singular vectors of both sides, (m, r) and (n, r); None as for ``exact_basis``."""
+    """Returns the leading singular vectors of both sides, (m, r) and (n, r); None as for ``exact_basis``."""
     if not bool(torch.isfinite(torch.linalg.vector_norm(grad))):
         return None
     try:
@@ -99,20 +107,24 @@ def exact_bases(grad: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
 
 
 def random_basis(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Orthonormal columns of a Gaussian matrix: (size, r), float32, on the generator's device."""
+    """Returns orthonormalised Gaussian columns, (size, r) float32, on the device of the generator."""
     gaussian = torch.randn(shape, generator=generator, device=generator.device)
     return _householder(gaussian)
 
 
 def leading_columns(sketch: Tensor, rank: int) -> Tensor:
-    """Of a sketch with more columns than the rank, the combinations in which it is longest: ``Y V``, (size, rank).
+    """Reduces an oversampled sketch to its ``rank`` leading directions, ``Y V``.
 
     Source: Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), section 4.2: with oversampling the leading left singular
     vectors of ``Y = G^T G [P, E]`` are kept; here by the eigenvectors V of its small Gram matrix.
 
     Args:
-        sketch: (size, rank + p). Returned as it is where it is not finite, for ``orthonormalize`` to say so.
-        rank: columns wanted.
+        sketch: (size, rank + p).
+        rank: number of columns to return.
+
+    Returns:
+        (size, rank), float32, not normalised. If the sketch is zero or not finite, its first columns, which
+        ``orthonormalize`` rejects.
     """
     sketch = sketch.float()
     longest = torch.linalg.vector_norm(sketch, dim=0).max()
@@ -125,18 +137,18 @@ def leading_columns(sketch: Tensor, rank: int) -> Tensor:
 
 
 def orthonormalize(sketch: Tensor) -> Tensor | None:
-    """Orthonormal columns spanning those of ``sketch``, by shifted Cholesky QR, three passes of it.
+    """Returns orthonormal columns with the span of ``sketch``, by three passes of shifted Cholesky QR.
 
-    The columns are first scaled to norm one, which takes the graded scale out of ``G^T G P`` (column i is about
-    sigma_i^2 long) and is most of its ill-conditioning. The first pass is shifted so that the factorisation
-    exists; two more restore orthogonality. Where the result still misses ``ORTHONORMAL_TOLERANCE``, Householder
-    QR is used.
+    The columns are first scaled to norm one. This removes the graded scale of ``G^T G P`` (the norm of column i is
+    about sigma_i^2), which is most of its ill-conditioning. The first pass is shifted so that the factorisation
+    exists; two more restore orthogonality. If a factorisation fails or the result misses ``ORTHONORMAL_TOLERANCE``,
+    Householder QR is used.
 
     Args:
         sketch: (size, r) with size >= r, any floating dtype.
 
     Returns:
-        (size, r), float32; None where the sketch is not finite or zero.
+        (size, r), float32; None if the sketch is not finite or zero.
 
     Source: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa 2020, "Shifted Cholesky QR for computing the QR
     factorization of ill-conditioned matrices", SIAM J. Sci. Comput. 42(1).
@@ -149,7 +161,7 @@ def orthonormalize(sketch: Tensor) -> Tensor | None:
     basis: Tensor = sketch / norms.clamp_min(torch.finfo(torch.float32).tiny)
     size, rank = basis.shape
     identity = torch.eye(rank, device=basis.device)
-    for extra in (_shift(size, rank), 0.0, 0.0):  # what the shift leaves, the two other passes make orthonormal
+    for extra in (_shift(size, rank), 0.0, 0.0):  # the two unshifted passes restore orthogonality
         factor, info = torch.linalg.cholesky_ex(basis.T @ basis + extra * identity)
         if int(info) != 0:
             return _householder(sketch)

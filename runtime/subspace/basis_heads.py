@@ -1,13 +1,13 @@
-"""Some heads of an attention weight, drawn anew at each refresh, whose gradient gives the basis for all of them.
+"""Bases of attention weights from the gradient of a few heads, drawn anew at each refresh and shared by all heads.
 
-    G (heads * size, n)  ->  G[features] (k, n), k = ceil(rank / size) heads  ->  basis (n, rank)
+    G (heads * size, n)  ->  G[features] (k, n) of ceil(rank / size) heads  ->  basis (n, rank)
 
-The heads of a layer's queries, and of its keys, have similar row spaces; so the basis is found in O(size^2 n) for one
-of them, and not in O((heads * size)^2 n) for all.
+The query heads of a layer have similar row spaces, and so have its key heads. One head gives the basis in O(size^2 n)
+instead of O((heads * size)^2 n) for all heads.
 
-Source: GaLore+, Liao et al. 2024, arXiv:2412.19820: "the projection from one randomly selected head is shared". What is
-reconstructed here: a basis of its own for queries and for keys, a new head at each refresh, several heads where the
-rank exceeds a head's size, the query, key and value rows of a head together where they are one weight.
+Source: GaLore+, Liao et al. 2024, arXiv:2412.19820: "the projection from one randomly selected head is shared". These
+points are our reconstruction: separate bases for queries and keys, a new head at each refresh, several heads if the
+rank exceeds the head size, and the query, key and value rows of a head together if they are one weight.
 """
 
 from collections.abc import Mapping
@@ -23,15 +23,19 @@ from galore_fx.runtime.subspace.refresh_criteria import gradient_overlap
 
 
 class SampledHeads:
-    """The heads of one weight, and those that are drawn now.
+    """The heads of one weight and the current draw.
 
     Attributes:
+        num_drawn: number of drawn heads.
         features: (k,) int64, features of the drawn heads; changed in place.
 
     Args:
-        heads: the features of each head, all of the same number.
+        heads: the features of each head; all heads have the same number.
         rank: columns of the basis.
-        device: of the weight.
+        device: device of the weight.
+
+    Raises:
+        ValueError: all heads together have fewer features than the rank.
     """
 
     def __init__(self, heads: tuple[tuple[int, ...], ...], rank: int, device: torch.device) -> None:
@@ -44,24 +48,24 @@ class SampledHeads:
         self.features = torch.empty(self.num_drawn * self._heads.shape[1], dtype=torch.int64, device=device)
 
     def draw(self, key: int) -> None:
-        """Takes heads that follow from a number: the same in a resumed run and on every rank."""
+        """Draws heads from a key; a resumed run and all ranks draw the same heads."""
         generator = generator_of(key)
         drawn = torch.randperm(self._heads.shape[0], generator=generator)[: self.num_drawn]
         self.features.copy_(self._heads[drawn.sort().values].flatten())
 
     def gradient_shape(self, shape: tuple[int, int], dim: ProjectedDim) -> tuple[int, int]:
-        """Of the drawn heads' gradient: (k, n) where the columns are projected, (m, k) where the rows are."""
+        """Returns the shape of the drawn heads' gradient: (k, n) for COLS, (m, k) for ROWS."""
         num_features = self.features.shape[0]
         return (num_features, shape[1]) if dim is ProjectedDim.COLS else (shape[0], num_features)
 
 
 def gradient_of_heads(rows: Tensor, cols: Tensor, features: Tensor, dim: ProjectedDim) -> Tensor:
-    """The part of ``G = rows^T cols`` that belongs to some features, without forming the rest.
+    """Returns the part of ``G = rows^T cols`` that belongs to some features, without forming the rest.
 
     Args:
         rows: A, (t, m).
         cols: B, (t, n).
-        features: (k,), of the dimension that is not projected.
+        features: (k,), indices in the dimension that is not projected.
         dim: the projected dimension.
 
     Returns:
@@ -73,10 +77,10 @@ def gradient_of_heads(rows: Tensor, cols: Tensor, features: Tensor, dim: Project
 
 
 def basis_of_heads(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
-    """The leading singular vectors of the drawn heads' gradient, by its small Gram matrix.
+    """Returns the leading singular vectors of the drawn heads' gradient, by its small Gram matrix.
 
-    An eigenvector has no sign: each is given the one that makes its largest component positive, so that moments which
-    are kept meet the directions of before with the signs of before, wherever the same directions come again.
+    The sign of an eigenvector is arbitrary; here the largest component is made positive. A direction that recurs at
+    the next refresh thus keeps its sign, as kept moments require.
 
     Args:
         grad: (k, n) for COLS, (m, k) for ROWS, with k >= rank.
@@ -84,7 +88,8 @@ def basis_of_heads(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
         dim: the projected dimension.
 
     Returns:
-        (n, r) or (m, r), orthonormal, float32; None where the gradient is not finite or zero.
+        (n, r) or (m, r), orthonormal, float32 (the dtype of the gradient if the eigendecomposition fails and the
+        exact SVD is used). None if the gradient is not finite or zero.
     """
     wide = grad.float() if dim is ProjectedDim.COLS else grad.float().T
     gram = wide @ wide.T
@@ -100,17 +105,20 @@ def basis_of_heads(grad: Tensor, rank: int, dim: ProjectedDim) -> Tensor | None:
 
 
 class HeadBasis(BasisSource):
-    """The basis of all heads, from the gradient of some that are drawn.
+    """Computes the basis of all heads from the gradient of the drawn heads.
 
     Attributes:
-        heads: of the weight, and those that are drawn now.
+        heads: the heads of the weight and the current draw.
 
     Args:
         weight: (m, n).
         heads: the features of each head.
         rank: columns of the basis.
         dim: the projected dimension.
-        key: says which heads are drawn first.
+        key: key of the first draw.
+
+    Raises:
+        ValueError: all heads together have fewer features than the rank.
     """
 
     name = "heads"
@@ -124,35 +132,35 @@ class HeadBasis(BasisSource):
         self.draw(key)
 
     def draw(self, key: int) -> None:
-        """Other heads."""
+        """Draws other heads."""
         super().draw(key)
         self.heads.draw(key)
 
     def extra_inputs(self) -> dict[str, Tensor]:
-        """The features of the drawn heads."""
+        """Returns the features of the drawn heads."""
         return {"head_features": self.heads.features}
 
     def graph_key(self) -> tuple[object, ...]:
-        """How many heads are drawn."""
+        """Returns the number of drawn heads."""
         return (self.heads.num_drawn,)
 
     @staticmethod
     def deliver(
         rows: Tensor, cols: Tensor, projected: Tensor, inputs: Mapping[str, Tensor], dim: ProjectedDim
     ) -> Tensor:
-        """The part of G that belongs to the drawn heads, (k, n) for COLS, (m, k) for ROWS."""
+        """Returns the part of G that belongs to the drawn heads, (k, n) for COLS, (m, k) for ROWS."""
         return gradient_of_heads(rows, cols, inputs["head_features"], dim)
 
     def from_full(self, grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
-        """The same part."""
+        """Selects the same part from a full gradient."""
         return grad.index_select(0 if dim is ProjectedDim.COLS else 1, self.heads.features)
 
     def find(self, delivered: Tensor | None, basis: Tensor, dim: ProjectedDim) -> Tensor | None:
-        """The leading singular vectors of that part."""
+        """Returns the leading singular vectors of that part."""
         assert delivered is not None
         return basis_of_heads(delivered, basis.shape[1], dim)
 
     def overlap(self, delivered: Tensor | None, old: Tensor, new: Tensor, dim: ProjectedDim) -> float:
-        """The energy of that part in the old basis by that in the new one."""
+        """Returns the energy of that part in the old basis relative to the new one, corrected for chance."""
         assert delivered is not None
         return gradient_overlap(delivered, old, new, dim)

@@ -1,4 +1,4 @@
-"""Subspace iteration, started from the old basis: one product more in a refreshing backward, and no full gradient."""
+"""Subspace iteration from the old basis: one more product in a refreshing backward, without the full gradient."""
 
 from collections.abc import Mapping
 
@@ -14,14 +14,17 @@ from galore_fx.runtime.subspace.refresh_criteria import sketch_overlap
 
 
 class IteratedBasis(BasisSource):
-    """One iteration of the subspace method, of the basis and of random columns besides it.
+    """Renews a basis by one subspace iteration on the old basis and optional random columns.
 
     Source: Halko, Martinsson, Tropp 2011, SIAM Rev. 53(2), algorithm 4.4 and section 4.2.
 
+    Attributes:
+        columns: E, (size, p), the random columns; None if p is 0.
+
     Args:
         weight: (m, n).
-        basis: the first one, (size, r).
-        num_columns: p, random columns that are sketched besides the basis.
+        basis: the first basis, (size, r).
+        num_columns: p, number of random columns sketched in addition to the basis.
     """
 
     name = "subspace-iteration"
@@ -35,15 +38,15 @@ class IteratedBasis(BasisSource):
 
     @classmethod
     def create(cls, weight: Tensor, basis: Tensor, recipe: Recipe) -> "IteratedBasis":
-        """With the recipe's oversampling, as far as the side has room for it."""
+        """Creates the source with the oversampling of the recipe, limited to the size of the projected dimension."""
         size, rank = basis.shape
         return cls(weight, basis, min(recipe.oversampling, size - rank))
 
     @classmethod
     def cost(cls, weight: WeightSize, recipe: Recipe) -> RefreshWork:
-        """The sketch until the update; three such in float32; 9 size (r + p)^2 operations.
+        """Returns the cost: the sketch until the update, three float32 sketches, and 9 size (r + p)^2 operations.
 
-        Three passes of Cholesky QR take 2 size r^2 for the Gram matrix and size r^2 for the triangular solve.
+        Each of the three passes of Cholesky QR takes 2 size r^2 for the Gram matrix and size r^2 for the solve.
         """
         columns = min(weight.rank + recipe.oversampling, weight.size)
         sketched = weight.size * columns
@@ -51,45 +54,45 @@ class IteratedBasis(BasisSource):
 
     @property
     def draws(self) -> bool:
-        """Where there are random columns."""
+        """Whether there are random columns."""
         return self.columns is not None
 
     def draw(self, key: int) -> None:
-        """Other columns."""
+        """Draws other random columns."""
         super().draw(key)
         if self.columns is not None:
             shape = self.columns.shape
             self.columns.copy_(torch.randn(shape, generator=generator_of(key)).mul_(shape[0] ** -0.5))
 
     def extra_inputs(self) -> dict[str, Tensor]:
-        """The random columns."""
+        """Returns the random columns, if any."""
         return {} if self.columns is None else {"sketch_columns": self.columns}
 
     def graph_key(self) -> tuple[object, ...]:
-        """Their number."""
+        """Returns the number of random columns."""
         return (0 if self.columns is None else self.columns.shape[1],)
 
     @staticmethod
     def deliver(
         rows: Tensor, cols: Tensor, projected: Tensor, inputs: Mapping[str, Tensor], dim: ProjectedDim
     ) -> Tensor:
-        """``G^T G [P, E]`` (n, r + p) for COLS, ``G G^T [P, E]`` for ROWS."""
+        """Returns the sketch ``G^T G [P, E]`` (n, r + p) for COLS, ``G G^T [P, E]`` (m, r + p) for ROWS."""
         if "sketch_columns" in inputs:
             extra = projected_gradient(rows, cols, inputs["sketch_columns"], dim)
             projected = torch.cat([projected, extra], dim=0 if dim is ProjectedDim.ROWS else 1)
         return sketch(rows, cols, projected, dim)
 
     def from_full(self, grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
-        """The same sketch."""
+        """Returns the same sketch from a full gradient."""
         start = basis if self.columns is None else torch.cat([basis, self.columns], dim=1)
         return sketch_of(grad, start, dim)
 
     def find(self, delivered: Tensor | None, basis: Tensor, dim: ProjectedDim) -> Tensor | None:
-        """Orthonormal columns that span those of the sketch, or its longest combinations."""
+        """Returns orthonormal columns with the span of the sketch, or of its leading directions if oversampled."""
         assert delivered is not None
         return orthonormalize(delivered if self.columns is None else leading_columns(delivered, basis.shape[1]))
 
     def overlap(self, delivered: Tensor | None, old: Tensor, new: Tensor, dim: ProjectedDim) -> float:
-        """The energy of the sketch in the span of the old basis."""
+        """Returns the share of the sketch's energy in the span of the old basis, corrected for chance."""
         assert delivered is not None
         return sketch_overlap(old, delivered)

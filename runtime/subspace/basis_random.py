@@ -1,4 +1,4 @@
-"""A basis that is drawn anew: it looks at no gradient."""
+"""Random bases, drawn anew at each refresh without a gradient."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from galore_fx.runtime.subspace.projection import ProjectedDim
 
 
 class RandomBasis(BasisSource):
-    """Orthonormal columns of a Gaussian matrix, from the number of the update and the weight."""
+    """Draws orthonormalised Gaussian columns, seeded by the update count and the index of the weight."""
 
     name = "random"
     looks_at_gradient = False
@@ -18,11 +18,11 @@ class RandomBasis(BasisSource):
 
     @classmethod
     def cost(cls, weight: WeightSize, recipe: Recipe) -> RefreshWork:
-        """Nothing until the update; the basis in float32; 4 size r^2 operations."""
+        """Returns the cost: nothing until the update, the basis in float32, and 4 size r^2 operations, of one part."""
         parts = recipe.granularity_in_force((weight.size, weight.rank))
         size, rank = weight.size // parts, weight.rank // parts
         return RefreshWork(0, WIDE_BYTES * size * rank, 4.0 * size * rank**2)
 
     def find(self, delivered: Tensor | None, basis: Tensor, dim: ProjectedDim) -> Tensor | None:
-        """Another one."""
+        """Draws a new basis from the key."""
         return random_basis((basis.shape[0], basis.shape[1]), generator_of(self.key)).to(basis.device)

@@ -1,12 +1,12 @@
-"""Where the next basis of a weight comes from: what every source can be asked, and the sources by name.
+"""Sources of a weight's next basis: the common interface.
 
-    window       what the backward delivers                        sources
+    window       output of the backward                            sources
     steady       R                                                 all
-    refreshing   R, and what ``deliver`` makes of A and B          subspace iteration, drawn heads
+    refreshing   R, and the output of ``deliver``                  subspace iteration, drawn heads
                  G = A^T B itself                                  SVD (``needs_full``)
                  R                                                 those that look at no gradient
 
-A source is one file: a subclass of ``BasisSource`` under a name that ``Recipe.basis`` lists.
+A source that recipes can select is one file: a subclass of ``BasisSource`` under a name that ``Recipe.basis`` lists.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ WIDE_BYTES = 4
 
 @dataclasses.dataclass(frozen=True)
 class WeightSize:
-    """A projected weight as the cost of a refresh depends on it.
+    """Sizes of a projected weight that determine the cost of a refresh.
 
     Attributes:
         shape: (m, n).
-        size: of the projected dimension.
-        rank: columns of R, or its rows.
-        element_bytes: of one element of the weight.
-        is_factor: whether it is a factor, whose gradient is small and comes in full anyway.
+        size: size of the projected dimension.
+        rank: columns of R (rows for ROWS).
+        element_bytes: bytes of one element of the weight.
+        is_factor: whether the weight is a factor, whose small full gradient is always formed.
     """
 
     shape: tuple[int, int]
@@ -44,12 +44,12 @@ class WeightSize:
 
 @dataclasses.dataclass(frozen=True)
 class RefreshWork:
-    """What renewing one basis takes.
+    """Cost of renewing one basis.
 
     Attributes:
-        kept_bytes: alive from the backward to the update.
-        workspace_bytes: alive while the basis is found.
-        operations: of the factorisation.
+        kept_bytes: bytes that live from the backward to the update.
+        workspace_bytes: bytes that live while the basis is computed.
+        operations: floating-point operations of the factorisation.
     """
 
     kept_bytes: int
@@ -58,19 +58,19 @@ class RefreshWork:
 
 
 class BasisSource:
-    """The next bases of one weight.
+    """Computes the next bases of one weight.
 
     Attributes:
-        name: of the source, in ``Recipe.basis`` and in graphs.
-        looks_at_gradient: whether a refreshing window delivers anything for it.
-        needs_full: whether that is the full gradient.
-        leaf: a zero without storage; its ``.grad`` is what a refreshing graph delivers.
-        key: the number from which a refresh draws what it draws.
+        name: name of the source in ``Recipe.basis`` and in graphs.
+        looks_at_gradient: whether the source uses the gradient of a refreshing window.
+        needs_full: whether it needs the full gradient.
+        leaf: a zero without storage; its ``.grad`` receives the output of ``deliver`` in a refreshing graph.
+        key: seed of the draws of a refresh.
 
     Args:
         weight: the weight (m, n), for its dtype and device.
-        shape: of what a refreshing graph delivers.
-        key: the same.
+        shape: shape of the leaf.
+        key: the first seed.
     """
 
     name: ClassVar[str]
@@ -83,82 +83,92 @@ class BasisSource:
 
     @classmethod
     def create(cls, weight: Tensor, basis: Tensor, recipe: Recipe) -> "BasisSource":
-        """The source of a weight (m, n) with this first basis (size, r)."""
+        """Creates the source of a weight (m, n) with this first basis (size, r)."""
         return cls(weight, (basis.shape[0], basis.shape[1]))
 
     @staticmethod
     def first_basis(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-        """The basis (size, r) before the first refresh, float32."""
+        """Returns the basis (size, r), float32, that is used before the first refresh."""
         return random_basis(shape, generator)
 
     @classmethod
     def cost(cls, weight: WeightSize, recipe: Recipe) -> RefreshWork:
-        """What a refresh takes, from shapes alone."""
+        """Returns the cost of a refresh, from shapes alone.
+
+        Raises:
+            NotImplementedError: a recipe cannot select this source.
+        """
         raise NotImplementedError
 
     @property
     def draws(self) -> bool:
-        """Whether a refresh takes something that is drawn."""
+        """Whether a refresh depends on random draws."""
         return False
 
     def draw(self, key: int) -> None:
-        """Draws for the next window what follows from a number, the same in a resumed run and on every rank."""
+        """Draws for the next window from a key; a resumed run and all ranks draw the same."""
         self.key = key
 
     def extra_inputs(self) -> dict[str, Tensor]:
-        """What a refreshing graph takes besides the basis and the leaf, by the name of its placeholder."""
+        """Returns the inputs of a refreshing graph in addition to basis and leaf, by placeholder name."""
         return {}
 
     def graph_key(self) -> tuple[object, ...]:
-        """What a refreshing graph depends on besides the shape of the basis."""
+        """Returns the properties that a refreshing graph depends on, in addition to the shape of the basis."""
         return ()
 
     def kept_tensors(self) -> list[Tensor]:
-        """What lives through the step."""
+        """Returns the tensors that live through the step."""
         return [self.leaf, *self.extra_inputs().values()]
 
     @staticmethod
     def deliver(
         rows: Tensor, cols: Tensor, projected: Tensor, inputs: Mapping[str, Tensor], dim: ProjectedDim
     ) -> Tensor:
-        """What the next basis is found from, made inside a backward from the factors of G.
+        """Computes the input of ``find`` inside a backward, from the factors of G.
 
         Args:
             rows: A, (t, m), of ``G = A^T B``.
             cols: B, (t, n).
             projected: R.
-            inputs: those of ``extra_inputs``.
+            inputs: the tensors of ``extra_inputs``.
             dim: the projected dimension.
 
         Returns:
-            Of the leaf's shape.
+            A tensor of the shape of the leaf.
+
+        Raises:
+            NotImplementedError: the source uses no gradient, or the full one.
         """
         raise NotImplementedError
 
     def from_full(self, grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
-        """What ``deliver`` would make, from a full gradient (m, n)."""
+        """Computes the output of ``deliver`` from a full gradient (m, n); raises NotImplementedError like it."""
         raise NotImplementedError
 
     def find(self, delivered: Tensor | None, basis: Tensor, dim: ProjectedDim) -> Tensor | None:
-        """The new basis.
+        """Computes the new basis.
 
         Args:
-            delivered: what ``deliver`` or ``from_full`` made; G where ``needs_full``; None where no gradient counts.
-            basis: the old one, (size, r).
+            delivered: output of ``deliver`` or ``from_full``; G if ``needs_full``; None if no gradient is used.
+            basis: the old basis, (size, r).
             dim: the projected dimension.
 
         Returns:
-            (size, r), orthonormal; None where there is none, so that the old one stays.
+            (size, r), orthonormal; None on failure, so that the old basis stays.
+
+        Raises:
+            NotImplementedError: the source never renews a basis.
         """
         raise NotImplementedError
 
     def overlap(self, delivered: Tensor | None, old: Tensor, new: Tensor, dim: ProjectedDim) -> float:
-        """How much of what was delivered the old basis still held, corrected for chance: 1 all, 0 none."""
+        """Returns the share of ``delivered`` in the old subspace, corrected for chance: 1 is all, 0 chance level."""
         return 0.0
 
 
 class SharedBasis(BasisSource):
-    """No source of its own: the basis is that of another weight, which alone renews it."""
+    """Source of a weight that uses the basis of another weight; only the owner renews it."""
 
     name = "shared"
     looks_at_gradient = False

@@ -1,4 +1,4 @@
-"""A full gradient as its two factors, ``G = A^T B``: what is wanted of it is made without forming it."""
+"""A full gradient as its two factors, ``G = A^T B``; most quantities are computed without forming G."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,31 +10,36 @@ from galore_fx.runtime.subspace.basis_source import BasisSource
 from galore_fx.runtime.subspace.projection import ProjectedDim, projected_gradient, wide_norm
 from galore_fx.runtime.uniform_loop import alike
 
-# What is formed of G at once has at most so many elements, or 64 rows (columns) where those are more.
+# A part of G formed at once has at most this many elements, or 64 rows (columns) if those have more.
 PART_ELEMENTS = 2**21
 _LEAST_WIDTH = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientProduct:
-    """G (m, n) as A (t, m) and B (t, n), for t tokens."""
+    """A gradient G (m, n) in factored form, for t tokens.
+
+    Attributes:
+        rows: A, (t, m).
+        cols: B, (t, n).
+    """
 
     rows: Tensor
     cols: Tensor
 
     def formed(self) -> Tensor:
-        """G, (m, n)."""
+        """Returns G, (m, n)."""
         return self.rows.T @ self.cols
 
     def projected(self, basis: Tensor, dim: ProjectedDim) -> Tensor:
-        """R, (m, r) for COLS, (r, n) for ROWS."""
+        """Returns R, (m, r) for COLS, (r, n) for ROWS, in the dtype of the factors."""
         return projected_gradient(self.rows, self.cols, basis.to(self.rows.dtype), dim)
 
     def delivered_for(self, source: BasisSource, projected: Tensor, dim: ProjectedDim) -> Tensor:
-        """What the source of the next basis makes of the factors.
+        """Returns the output of ``source.deliver`` for these factors.
 
         Args:
-            source: one that looks at the gradient and does not need all of it.
+            source: a source that uses the gradient but does not need all of it.
             projected: R.
             dim: the projected dimension.
         """
@@ -43,7 +48,7 @@ class GradientProduct:
         return source.deliver(self.rows, self.cols, projected.to(dtype), inputs, dim)
 
     def energies(self, dim: ProjectedDim) -> Tensor:
-        """Squared norms of G's rows, (m, 1) for COLS, or columns, (1, n) for ROWS; float32, a part of G at a time."""
+        """Returns float32 squared norms of G's rows, (m, 1) for COLS, or columns, (1, n) for ROWS; forms G in parts."""
         by_rows = dim is ProjectedDim.COLS
         split, whole = (self.rows, self.cols) if by_rows else (self.cols, self.rows)
         found = torch.empty(split.shape[1], dtype=torch.float32, device=split.device)
@@ -53,12 +58,12 @@ class GradientProduct:
         return found[:, None] if by_rows else found[None, :]
 
     def take_from_(self, weight: Tensor, factors: Tensor, dim: ProjectedDim) -> None:
-        """``W <- W - diag(f) G`` (COLS) or ``W - G diag(f)`` (ROWS) in place, a part of W at a time.
+        """Computes ``W <- W - diag(f) G`` (COLS) or ``W - G diag(f)`` (ROWS) in place, in parts of W.
 
         Args:
             weight: (m, n), changed.
             factors: f, (m, 1) for COLS, (1, n) for ROWS.
-            dim: which of them.
+            dim: the projected dimension.
         """
         by_rows = dim is ProjectedDim.COLS
         split, whole = (self.rows, self.cols) if by_rows else (self.cols, self.rows)
@@ -72,7 +77,7 @@ class GradientProduct:
                 part.sub_(left @ right)
 
     def take_from_rows_(self, change: Tensor, factors: Tensor, dim: ProjectedDim, rows: slice) -> None:
-        """The same for a change (rows, n) of some rows: ``change -= (diag(f) G)[rows]`` or ``(G diag(f))[rows]``."""
+        """Subtracts the same from the change (rows, n) of some rows: ``(diag(f) G)[rows]`` or ``(G diag(f))[rows]``."""
         part = self.rows[:, rows].T @ self.cols
         change.sub_(part.to(change.dtype).mul_(factors[rows] if dim is ProjectedDim.COLS else factors))
 

@@ -1,11 +1,12 @@
-"""What becomes of an optimizer's states when the basis that they are expressed in is exchanged.
+"""Transfers the states of an optimizer to a new basis.
 
-    keep     as they are: moments of the old directions go on as those of the new ones (GaLore)
-    rotate   carried over: C = P_new^T P_old,  m <- m C^T,  v <- (1 - b2^t) |(C o C)(v^ - m^ o m^) + (C m^)^2|
-    reset    as at the start, step count included
+    keep     unchanged: the moments of the old directions continue for the new ones (GaLore)
+    rotate   transformed: C = P_new^T P_old,  m <- m C^T,  v <- (1 - b2^t) |(C o C)(v^ - m^ o m^) + (C m^)^2|
+    reset    initial values, including the step count
 
-(for states (m, r), one row of R each; hats: with the bias of their t updates taken off; C o C: squares, element by
-element). ``v^ - m^ o m^`` is the variance of R's elements; taken as uncorrelated, it is mixed by the squares.
+The formulas hold for each row of states (m, r). Hats mark states with the bias of their t updates removed; C o C is the
+elementwise square. ``v^ - m^ o m^`` is the variance of the elements of R. They are assumed uncorrelated, so the squares
+of C mix their variances.
 
 Source: LDAdam, Robert et al. 2024, arXiv:2410.16103, section 3.2 (rotate); FRUGAL, Zmushko et al. 2024,
 arXiv:2411.07837 (reset).
@@ -22,18 +23,18 @@ from galore_fx.runtime.formats.blockwise import BLOCK, decode, encode
 from galore_fx.runtime.formats.state_format import SCALES, Layout
 from galore_fx.runtime.subspace.projection import ProjectedDim
 
-# States that are linear in the gradients, and averages or sums of its squares.
+# States that are linear in the gradients, and states that are averages or sums of their squares.
 _LINEAR = ("exp_avg", "momentum_buffer", "grad_avg")
 _SQUARED = ("exp_avg_sq", "square_avg", "sum")
-# Of the former those that are means of gradients; RMSprop's momentum adds up steps.
+# Linear states that are means of gradients; momentum buffers are sums (RMSprop: of steps).
 _MEANS = ("exp_avg", "grad_avg")
 
 
 def check_rotates(layout: Layout, optimizer: str) -> None:
-    """Whether all states of an optimizer can be rotated.
+    """Checks that all states of an optimizer can be rotated.
 
     Raises:
-        OptimizerError: names those that cannot.
+        OptimizerError: some cannot; the message names them.
     """
     unknown = [name for name in layout.initial if name not in (*_LINEAR, *_SQUARED)]
     if unknown:
@@ -44,18 +45,18 @@ def check_rotates(layout: Layout, optimizer: str) -> None:
 
 
 def reset_moments(state: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
-    """Puts a parameter's states back to what they were before its first update, in place.
+    """Resets the states of a parameter to their initial values, in place.
 
     Args:
-        state: of the parameter; those of its residual do not depend on the basis and stay.
-        fresh: what a new parameter would have.
+        state: states of the parameter. Its residual states do not depend on the basis and are kept.
+        fresh: states of a new parameter.
     """
     for name, value in fresh.items():
         state[name].copy_(value)
 
 
 def rotation_between(old: Tensor, new: Tensor, rank: int) -> Tensor:
-    """``C = P_new^T P_old``, (rank, rank), float32; block by block where the bases are those of one part."""
+    """Returns ``C = P_new^T P_old``, (rank, rank), float32; block-diagonal if the bases belong to one part."""
     rotation = new.float().T @ old.float()
     parts = rank // rotation.shape[0]
     return torch.block_diag(*[rotation] * parts) if parts > 1 else rotation
@@ -69,20 +70,20 @@ def rotate_moments(
     group: Mapping[str, Any],
     layout: Layout,
 ) -> None:
-    """Expresses a parameter's states in a new basis, in place.
+    """Rotates the states of a parameter into a new basis, in place.
 
     Args:
-        state: of the parameter.
+        state: states of the parameter.
         rotation: C, (r, r), float32.
         dim: the projected dimension.
-        shape: of R, (m, r) for COLS, (r, n) for ROWS.
+        shape: shape of R, (m, r) for COLS, (r, n) for ROWS.
         group: the param group.
-        layout: what the optimizer keeps.
+        layout: per-parameter state of the optimizer class.
     """
     decoded = {name: _read(state, name, shape, layout) for name in layout.initial}
     first = next((decoded[name] for name in _MEANS if name in decoded), None)
     bias1, bias2 = _biases(state, group)
-    # Squares first: they read the first moment as it was.
+    # Squares first: they need the first moment before its rotation.
     for name, value in sorted(decoded.items(), key=lambda item: item[0] in _LINEAR):
         if name in _LINEAR:
             new = _rotated(value, rotation, dim)
@@ -102,7 +103,7 @@ def _rotated(value: Tensor, rotation: Tensor, dim: ProjectedDim) -> Tensor:
 
 
 def _biases(state: Mapping[str, Tensor], group: Mapping[str, Any]) -> tuple[float, float]:
-    """1 - b^t of both moments; 1 where the class corrects none."""
+    """Returns 1 - b^t of both moments; 1 without betas or updates."""
     betas, step = group.get("betas"), state.get("step")
     num_updates = 0.0 if step is None else float(step)
     if betas is None or num_updates == 0.0:

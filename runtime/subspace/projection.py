@@ -1,11 +1,11 @@
-"""Low-rank subspaces of a gradient: which side shrinks, and how a gradient gets into the subspace and back.
+"""Low-rank projection of a gradient, and the projection back.
 
     COLS   basis P (n, r)   R = G P      (m, r)   U = N P^T
     ROWS   basis P (m, r)   R = P^T G    (r, n)   U = P N
 
-A basis has the shape (size of the projected dimension, rank) with orthonormal columns. With a granularity of c it has
-(size / c, rank / c): the dimension is cut into c parts, each with the same basis, so that P is ``I_c (x) basis`` and is
-never formed (VLoRP, arXiv:2505.01744: G (m, n) as (m c, n / c)).
+A basis has orthonormal columns and the shape (size of the projected dimension, rank). With a granularity of c its shape
+is (size / c, rank / c): the dimension is cut into c parts with the same basis, so P is ``I_c (x) basis``. P is never
+formed (VLoRP, arXiv:2505.01744: G (m, n) as (m c, n / c)).
 """
 
 import enum
@@ -15,23 +15,23 @@ from torch import Tensor
 
 
 class ProjectedDim(enum.Enum):
-    """Which dimension of an (m, n) gradient shrinks to the rank."""
+    """The dimension of an (m, n) gradient that is reduced to the rank."""
 
     ROWS = "rows"
     COLS = "cols"
 
     def basis_shape(self, shape: tuple[int, int], rank: int, granularity: int = 1) -> tuple[int, int]:
-        """(m, r) for ROWS, (n, r) for COLS; both divided by the granularity, which divides both."""
+        """Returns (m, r) for ROWS, (n, r) for COLS; both sizes divided by the granularity, which must divide them."""
         size = shape[0] if self is ProjectedDim.ROWS else shape[1]
         return (size // granularity, rank // granularity)
 
     def projected_shape(self, shape: tuple[int, int], rank: int) -> tuple[int, int]:
-        """(r, n) for ROWS, (m, r) for COLS."""
+        """Returns (r, n) for ROWS, (m, r) for COLS."""
         return (rank, shape[1]) if self is ProjectedDim.ROWS else (shape[0], rank)
 
 
 def project(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
-    """Coordinates of a gradient in the subspace: ``P^T G`` (r, n) for ROWS, ``G P`` (m, r) for COLS.
+    """Returns the coordinates of a gradient in the subspace: ``P^T G`` (r, n) for ROWS, ``G P`` (m, r) for COLS.
 
     Source: GaLore, Zhao et al. 2024, arXiv:2403.03507, section 3.
     """
@@ -44,7 +44,7 @@ def project(grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
 
 
 def coordinates(vectors: Tensor, basis: Tensor) -> Tensor:
-    """Of vectors (t, size) in the subspace: ``V P``, (t, r), part by part where the basis is that of one part."""
+    """Returns the coordinates ``V P`` (t, r) of vectors (t, size); part by part if the basis belongs to one part."""
     if vectors.shape[-1] == basis.shape[0]:
         return vectors @ basis
     parts: Tensor = vectors.unflatten(-1, (-1, basis.shape[0])) @ basis
@@ -52,14 +52,14 @@ def coordinates(vectors: Tensor, basis: Tensor) -> Tensor:
 
 
 def add_back_projection_(weight: Tensor, update: Tensor, basis: Tensor, dim: ProjectedDim, decay: float) -> None:
-    """``W <- decay * W + back_project(update)`` in place, in one matrix product and without an (m, n) temporary.
+    """Computes ``W <- decay * W + back_project(update)`` in place, by one product without an (m, n) temporary.
 
     Args:
         weight: (m, n), changed.
         update: (r, n) for ROWS, (m, r) for COLS, already scaled.
-        basis: (m, r) or (n, r), or that of one part.
+        basis: (m, r) or (n, r), or the basis of one part.
         dim: the projected dimension.
-        decay: factor of the weight, 1.0 to leave it.
+        decay: factor of the weight; 1.0 for no decay.
     """
     update = update.to(weight.dtype)
     if basis.shape[0] != weight.shape[0 if dim is ProjectedDim.ROWS else 1]:
@@ -75,7 +75,7 @@ def _add_parts_(weight: Tensor, update: Tensor, basis: Tensor, dim: ProjectedDim
     if dim is ProjectedDim.ROWS:
         parts = weight.unflatten(0, (-1, size))
         parts.baddbmm_(basis.expand(len(parts), -1, -1), update.unflatten(0, (-1, rank)), beta=decay)
-    elif weight.is_contiguous():  # one product; in a batch of parts it is several times as slow
+    elif weight.is_contiguous():  # one product; a batch of parts is several times as slow
         weight.view(-1, size).addmm_(update.reshape(-1, rank), basis.T, beta=decay)
     else:
         parts = weight.unflatten(1, (-1, size)).transpose(0, 1)
@@ -84,13 +84,13 @@ def _add_parts_(weight: Tensor, update: Tensor, basis: Tensor, dim: ProjectedDim
 
 
 def back_projected_rows(update: Tensor, basis: Tensor, dim: ProjectedDim, rows: slice) -> Tensor:
-    """Some rows of ``back_project(update)``, (rows, n); for ROWS with a basis of parts they lie inside one part.
+    """Returns some rows of ``back_project(update)``, (rows, n).
 
     Args:
         update: (r, n) for ROWS, (m, r) for COLS.
-        basis: (m, r) or (n, r), or that of one part; of the dtype of ``update``.
+        basis: (m, r) or (n, r), or the basis of one part; the dtype of ``update``.
         dim: the projected dimension.
-        rows: which rows.
+        rows: the rows; for ROWS with several parts they must lie inside one part.
     """
     size, rank = basis.shape
     if dim is ProjectedDim.ROWS:
@@ -103,16 +103,16 @@ def back_projected_rows(update: Tensor, basis: Tensor, dim: ProjectedDim, rows: 
 
 
 def storage_free_leaf(shape: tuple[int, int], like: Tensor) -> Tensor:
-    """A zero tensor of this shape that requires grad and owns one element of storage."""
+    """Returns a zero tensor of this shape that requires grad and owns one element of storage."""
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(shape).requires_grad_()
 
 
 def wide_norm(tensor: Tensor, dim: int | None = None) -> Tensor:
-    """The 2-norm in float32, or in float64 where the tensor is.
+    """Returns the 2-norm, computed in float32, or in float64 for a float64 tensor.
 
     Args:
         tensor: any shape.
-        dim: along which, kept as 1; None for all, 0-d.
+        dim: the reduced dimension, kept with size 1; None for the norm of all elements, 0-d.
     """
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(tensor, dim=dim, keepdim=dim is not None, dtype=dtype)
@@ -120,12 +120,12 @@ def wide_norm(tensor: Tensor, dim: int | None = None) -> Tensor:
 
 
 def projected_gradient(rows: Tensor, cols: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
-    """``R`` of ``G = rows^T cols`` without forming ``G``.
+    """Returns ``R`` of ``G = rows^T cols`` without forming ``G``.
 
     Args:
         rows: A, (t, m).
         cols: B, (t, n).
-        basis: P, (m, r) for ROWS, (n, r) for COLS, or that of one part.
+        basis: P, (m, r) for ROWS, (n, r) for COLS, or the basis of one part.
         dim: the projected dimension.
 
     Returns:

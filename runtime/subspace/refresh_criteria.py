@@ -1,14 +1,14 @@
-"""When a basis has served its time: the criteria of a refresh, and what they measure.
+"""Refresh criteria, and the measures of subspace stability that they use.
 
-    lazy    a weight's gap doubles while its subspace stays (Q-GaLore)
-    lotus   a basis is renewed where the gradient's direction inside it has stopped moving
+    lazy    the gap of a weight doubles while its subspace is stable (Q-GaLore)
+    lotus   a basis is renewed when the gradient's direction inside it has stopped moving
 
-How much of a new gradient an old subspace still holds is 1 where nothing has changed. ``sketch_overlap`` and
-``gradient_overlap`` weigh every direction by its energy, so neither the sign nor the order of the vectors matters, and
-are corrected for what a random subspace would hold: 0 is chance. ``first_vector_cosine`` is the published one.
+Stability is the share of a new gradient in the old subspace: 1 if nothing has changed. ``sketch_overlap`` and
+``gradient_overlap`` weight every direction by its energy, so they ignore sign and order of the vectors. They are
+corrected for the share of a random subspace: 0 is chance level. ``first_vector_cosine`` is the published measure.
 
 Source: Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.2 (cosine between the first singular vectors of two
-refreshes; its sign, which a singular vector does not have, is dropped here); the overlaps are ours. Lotus,
+refreshes; the sign is dropped here, because it is arbitrary for a singular vector); the overlaps are ours. Lotus,
 arXiv:2602.01233, algorithm 1.
 """
 
@@ -23,11 +23,11 @@ from galore_fx.runtime.subspace.projection import ProjectedDim, project, wide_no
 
 
 class RefreshCriterion:
-    """What decides that a basis is due. This one leaves it to the schedule.
+    """Decides which bases are due. This base class follows the schedule.
 
     Attributes:
-        saved: names of the attributes that a resumed run needs; each a mapping by weight.
-        measures: whether a refresh says how stable its subspace was.
+        saved: names of the attributes that a resumed run needs; each is a mapping by weight.
+        measures: whether each refresh must report the stability of the subspace.
     """
 
     saved: ClassVar[tuple[str, ...]] = ()
@@ -36,45 +36,51 @@ class RefreshCriterion:
     def due_of(
         self, scheduled: Sequence[int], weights: Iterable[int], num_updates: int, *, is_first: bool
     ) -> list[int]:
-        """The weights that are due in the update that follows ``num_updates`` done ones.
+        """Returns the keys of the weights that become due.
 
         Args:
-            scheduled: those whose turn it is by the schedule.
-            weights: all of them, by their keys.
-            num_updates: the same.
-            is_first: whether this is one of the updates at the start, in which all refresh.
+            scheduled: keys of the weights that are due by the schedule.
+            weights: keys of all weights.
+            num_updates: number of finished updates.
+            is_first: whether this is one of the initial updates, in which all bases refresh.
         """
         return list(scheduled)
 
     def saw_gradient(self, key: int, projected: Tensor, first: Tensor | None) -> None:
-        """An update is about to consume a projected gradient."""
+        """Called before an update consumes a projected gradient.
+
+        Args:
+            key: key of the weight.
+            projected: R.
+            first: ``first_direction`` of the record, the shape of R; None if the recipe keeps none.
+        """
 
     def saw_refresh(self, key: int, stability: float) -> None:
-        """A refresh has found the subspace so stable, where it ``measures``."""
+        """Called with the stability of the subspace at a refresh, if ``measures``; 1 is unchanged, 0 chance level."""
 
     def finished(self, key: int) -> None:
-        """The weight has a new basis."""
+        """Called when the weight has a new basis."""
 
     def stats(self, names: Mapping[int, str]) -> dict[str, Any]:
-        """Figures for ``stats()``, by the names of the weights."""
+        """Returns entries for ``stats()``; ``names`` maps the keys of the weights to their names."""
         return {}
 
 
 @dataclasses.dataclass
 class Displacement(RefreshCriterion):
-    """Lotus's criterion, and where each weight stands.
+    """Lotus's displacement criterion, with its state for each weight.
 
-    With d_1 the unit projected gradient after a new basis, and d_T that of T - 1 updates later, the basis is renewed at
-    the first T that is a multiple of the interval with ``||d_T - d_1|| / T < threshold``. The distance is at most 2, so
-    no basis outlives T = 2 / threshold by more than the interval.
+    Let d_1 be the unit projected gradient after a new basis, and d_T the one T - 1 updates later. The basis is renewed
+    at the first multiple T of the interval with ``||d_T - d_1|| / T < threshold``. The distance is at most 2, so no
+    basis outlives T = 2 / threshold by more than the interval.
 
-    Source: Lotus, arXiv:2602.01233, algorithm 1. The text of the paper gives another criterion (a sum of directions);
-    it is not built.
+    Source: Lotus, arXiv:2602.01233, algorithm 1. The text of the paper gives another criterion (a sum of directions),
+    which is not implemented.
 
     Attributes:
-        threshold: gamma, mean displacement of an update below which a basis is renewed.
-        interval: eta, updates between two decisions.
-        ages: T of each weight; one without has no first direction yet.
+        threshold: gamma, mean displacement per update below which a basis is renewed.
+        interval: eta, updates between two checks.
+        ages: T of each weight; a weight without an entry has no first direction yet.
         used_up: weights that have met the criterion since the last ``take``.
     """
 
@@ -86,12 +92,12 @@ class Displacement(RefreshCriterion):
     used_up: set[int] = dataclasses.field(default_factory=set)
 
     def note(self, key: int, projected: Tensor, first: Tensor) -> None:
-        """Takes note of a gradient before it is consumed.
+        """Records a gradient before it is consumed and checks the criterion.
 
         Args:
-            key: of the weight.
+            key: key of the weight.
             projected: R, any shape.
-            first: d_1, of the same shape; written where the basis is new.
+            first: d_1, the same shape; written if the basis is new.
         """
         age = self.ages[key] = self.ages.get(key, 0) + 1
         norm = wide_norm(projected)
@@ -103,49 +109,49 @@ class Displacement(RefreshCriterion):
                 self.used_up.add(key)
 
     def restart(self, key: int) -> None:
-        """The weight has a new basis."""
+        """Forgets the age of a weight that has a new basis."""
         self.ages.pop(key, None)
         self.used_up.discard(key)
 
     def take(self) -> set[int]:
-        """Those that have become due."""
+        """Returns the weights that have met the criterion, and forgets them."""
         due, self.used_up = self.used_up, set()
         return due
 
     def due_of(
         self, scheduled: Sequence[int], weights: Iterable[int], num_updates: int, *, is_first: bool
     ) -> list[int]:
-        """Those that are used up; at the start, those of the schedule."""
+        """Returns the weights that have met the criterion; in the initial updates, the scheduled ones."""
         if is_first:
             return list(scheduled)
         used_up = self.take()
         return [key for key in weights if key in used_up]
 
     def saw_gradient(self, key: int, projected: Tensor, first: Tensor | None) -> None:
-        """As ``note``."""
+        """Calls ``note`` if there is a first direction."""
         if first is not None:
             self.note(key, projected, first)
 
     def finished(self, key: int) -> None:
-        """As ``restart``."""
+        """Calls ``restart``."""
         self.restart(key)
 
 
 @dataclasses.dataclass
 class LazyGaps(RefreshCriterion):
-    """The gap of each weight: it doubles as long as the weight's subspace stays what it is.
+    """Q-GaLore's lazy refresh: the gap of a weight doubles while its subspace is stable.
 
-    Source: Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.2: where the mean of the last k statistics is above
-    a threshold, the gap is doubled. Here it has a limit, and counts from the weight's last refresh.
+    Source: Q-GaLore, Zhang et al. 2024, arXiv:2407.08296, section 3.2: the gap is doubled if the mean of the last k
+    statistics is above a threshold. Here the gap is limited, and counts from the update at which the weight was due.
 
     Attributes:
-        base: the first gap, in updates.
-        threshold: stability at or above which a gap doubles.
-        queue_size: how many refreshes the mean is taken over; fewer decide nothing.
-        largest: a gap is at most so many times the first.
-        gaps: in force, by weight; those that are not in it have the first.
-        last: the update at which each weight became due last.
-        stabilities: of the last refreshes of each weight, the latest at the end.
+        base: initial gap, in updates.
+        threshold: mean stability at or above which a gap doubles.
+        queue_size: number of refreshes in the mean; with fewer the gap does not change.
+        largest: upper limit of a gap, as a multiple of ``base``.
+        gaps: current gap by weight; weights without an entry have ``base``.
+        last: the update at which each weight was last due.
+        stabilities: stabilities of the last refreshes of each weight, latest last.
     """
 
     saved = ("gaps", "last", "stabilities")
@@ -160,15 +166,15 @@ class LazyGaps(RefreshCriterion):
     stabilities: dict[int, list[float]] = dataclasses.field(default_factory=dict)
 
     def gap_of(self, key: int) -> int:
-        """Updates between two refreshes of a weight."""
+        """Returns the current gap of a weight, in updates."""
         return self.gaps.get(key, self.base)
 
     def is_due(self, key: int, num_updates: int) -> bool:
-        """Whether as many updates have passed since its last refresh as its gap says."""
+        """Returns whether the gap of a weight has passed since it was last due."""
         return key not in self.last or num_updates - self.last[key] >= self.gap_of(key)
 
     def note(self, key: int, stability: float) -> None:
-        """A refresh has found the subspace so stable."""
+        """Records the stability measured at a refresh, and doubles the gap if the mean is high enough."""
         recent = self.stabilities.setdefault(key, [])
         recent.append(stability)
         del recent[: -self.queue_size]
@@ -180,31 +186,31 @@ class LazyGaps(RefreshCriterion):
     def due_of(
         self, scheduled: Sequence[int], weights: Iterable[int], num_updates: int, *, is_first: bool
     ) -> list[int]:
-        """Of those whose turn it is, the ones whose own gap is over."""
+        """Returns the scheduled weights whose own gap has passed; in the initial updates, all scheduled ones."""
         due = [key for key in scheduled if is_first or self.is_due(key, num_updates)]
-        # The updates at the start are one refresh, from which the gaps count.
+        # The initial updates count as one refresh, at update 0.
         self.last.update(dict.fromkeys(due, 0 if is_first else num_updates))
         return due
 
     def saw_refresh(self, key: int, stability: float) -> None:
-        """As ``note``."""
+        """Calls ``note``."""
         self.note(key, stability)
 
     def stats(self, names: Mapping[int, str]) -> dict[str, Any]:
-        """The gaps in force and the last measurements."""
+        """Returns the current gaps and the latest stabilities, by the names of the weights."""
         latest = {names[key]: values[-1] for key, values in self.stabilities.items()}
         return {"refresh_gap": {name: self.gap_of(key) for key, name in names.items()}, "stability": latest}
 
 
 def sketch_overlap(old: Tensor, sketch: Tensor) -> float:
-    """Share of the energy of a sketch ``G^T G P`` that lies in the span of P, corrected for chance.
+    """Returns the share of the energy of a sketch ``G^T G P`` in the span of P, corrected for chance.
 
-    In 16 bits R is balanced before the sketch (bases.py), and a direction counts by its singular value squared and
-    not to the fourth power: the share of a subspace that stays comes out somewhat lower, and bases are renewed sooner.
+    In 16 bits R is balanced before the sketch (bases.py). A direction is then weighted by its singular value squared
+    instead of to the fourth power, so a stable subspace measures somewhat lower, and bases are renewed sooner.
 
     Args:
         old: P, (n, r), orthonormal.
-        sketch: (n, r).
+        sketch: (n, r), or (n, r + p) with oversampling.
     """
     sketch = sketch.float()
     held = (old.float().T @ sketch).square().sum() / sketch.square().sum()
@@ -212,7 +218,7 @@ def sketch_overlap(old: Tensor, sketch: Tensor) -> float:
 
 
 def gradient_overlap(grad: Tensor, old: Tensor, new: Tensor, dim: ProjectedDim) -> float:
-    """Energy of a gradient in the old subspace by that in the new one, corrected for chance.
+    """Returns the energy of a gradient in the old subspace relative to the new one, corrected for chance.
 
     Args:
         grad: G, (m, n).
@@ -226,7 +232,7 @@ def gradient_overlap(grad: Tensor, old: Tensor, new: Tensor, dim: ProjectedDim) 
 
 
 def first_vector_cosine(old: Tensor, new: Tensor) -> float:
-    """|cos| between the first columns of two bases."""
+    """Returns |cos| between the first columns of two bases."""
     return float(torch.nn.functional.cosine_similarity(old[:, 0].float(), new[:, 0].float(), dim=0).abs())
 
 
@@ -235,5 +241,5 @@ def _energy(tensor: Tensor) -> float:
 
 
 def _corrected(share: float, chance: float) -> float:
-    """0 where the share is what chance gives, 1 where it is whole."""
+    """Maps a share linearly: chance level to 0, 1 to 1."""
     return (share - chance) / (1 - chance) if chance < 1 else 1.0

@@ -1,4 +1,4 @@
-"""Renews the bases that are due, from full gradients (exact SVD) or from sketches (subspace iteration)."""
+"""Renews due bases from full gradients (exact SVD), from sketches (e.g. subspace iteration), or by random draws."""
 
 import time
 import warnings
@@ -14,28 +14,27 @@ from galore_fx.runtime.subspace.projected_parameter import GradientForm, Project
 from galore_fx.runtime.subspace.refresh_criteria import first_vector_cosine
 from galore_fx.runtime.subspace.refresh_queue import RefreshQueue
 
-# Keeps the draws of heads and columns apart from those of the rounding, which are numbered alike.
+# Separates the draws of heads and columns from the draws of the rounding, which use the same numbering.
 _DRAW_SEED = 1
-# Around each update (with the gradient it consumes) and each refresh: what a memory counter hooks into.
+# Entered around each update (with the gradient it consumes) and each refresh; a memory counter hooks in here.
 Observer = Callable[[str, Tensor | None], AbstractContextManager[None]]
 
 
 class BasisRefresh:
-    """The refreshes of one model.
+    """Performs the refreshes of one model.
 
     Attributes:
-        queue: which bases are due, and whose turn it is.
-        counters: of the optimizer; refreshes are counted there.
-        time_s: seconds spent on new bases.
+        queue: queue of the due bases.
+        counters: counters of the optimizer, which include the refreshes.
+        time_s: seconds spent on computing new bases.
 
     Args:
         records: the projected parameters, by the identity of the weight.
-        queue: the same.
-        counters: the same.
-        by_first_vector: measure stability by the first vectors and not by the overlap.
-        observe: is told of each refresh.
-        numbers: the position of each weight, which with the number of updates says which heads and columns are drawn.
-        transfer: is told of each new basis before it takes the old one's place.
+        queue, counters: see Attributes.
+        by_first_vector: measure stability by the first vectors instead of the overlap.
+        observe: context entered around each refresh.
+        numbers: index of each weight; with the update count it seeds the draws, so a resumed run draws the same.
+        transfer: called with a record and its new basis before the old one is overwritten.
     """
 
     def __init__(
@@ -62,9 +61,9 @@ class BasisRefresh:
         self._named: set[str] = set()
 
     def set_forms(self) -> None:
-        """Fixed for the window, so that a recomputed forward is the same as the first.
+        """Sets the gradient form of each weight for the window, so that a recomputed forward equals the first.
 
-        All weights of a layer take the refreshing form where one of them is due: a layer has two graphs then, and not
+        All weights of a layer take the refreshing form if one of them is due. A layer thus has two graphs instead of
         one for each combination.
         """
         for key, record in self._records.items():
@@ -78,11 +77,11 @@ class BasisRefresh:
             record.form = record.form_of(due=self.queue.layer_of(key) in layers)
 
     def is_due(self, record: ProjectedParameter) -> bool:
-        """Whether its basis is to be renewed in this window and has not been yet."""
+        """Returns whether the basis refreshes in this window and has not been renewed yet."""
         return id(record.weight) in self._turn and id(record.weight) in self.queue.due_since
 
     def note_direction(self, record: ProjectedParameter, projected: Tensor) -> None:
-        """Takes note of a gradient that an update is about to consume, where a refresh hangs on it."""
+        """Passes the projected gradient to the refresh criterion before an update consumes it."""
         self.queue.criterion.saw_gradient(id(record.weight), projected, record.first_direction)
 
     def forget(self) -> None:
@@ -90,18 +89,21 @@ class BasisRefresh:
         self._sketches.clear()
 
     def keep_sketch(self, record: ProjectedParameter) -> None:
-        """Keeps the first micro-batch's sketch of a basis that is due, and drops all others."""
+        """Keeps the sketch of the first micro-batch for a due basis, and drops all other sketches."""
         sketch, record.source.leaf.grad = record.source.leaf.grad, None
         if sketch is not None and id(record.weight) in self.queue.due_since:
             self._sketches.setdefault(id(record.weight), sketch)
 
     def project_full(self, record: ProjectedParameter, grad: Tensor, *, renew: bool = True) -> None:
-        """Leaves the projected gradient in place of a full one, after renewing the basis from it if an SVD is due.
+        """Replaces a full gradient by its projection, after renewing the basis from it if an SVD is due.
+
+        For sources that need a sketch, a due basis gets its sketch from the full gradient. Warns once per weight if
+        the full gradient was not expected.
 
         Args:
-            record: of the weight.
-            grad: its gradient; forgotten.
-            renew: whether an SVD may do so; not where the update is going to be skipped.
+            record: record of the weight.
+            grad: full gradient (m, n); ``weight.grad`` is cleared.
+            renew: whether an SVD may renew the basis; False if the update will be skipped.
         """
         source = record.source
         if self.is_due(record) and source.looks_at_gradient:
@@ -125,39 +127,39 @@ class BasisRefresh:
         record.weight.grad = None
 
     def apply_sketches(self) -> None:
-        """Renews the bases whose sketches have been kept, and those that are drawn."""
+        """Renews the bases with a kept sketch, and the due random ones."""
         drawn = [key for key in self._turn if not self._records[key].source.looks_at_gradient]
         for key in [*self._sketches, *sorted(drawn, key=self._numbers.__getitem__)]:
             self.apply_sketch(self._records[key])
 
     def apply_after(self, record: ProjectedParameter, updated: set[int]) -> None:
-        """As ``apply_sketch``, once all weights with this one's basis have been updated, by their identities."""
+        """Calls ``apply_sketch`` once all weights with this basis are in ``updated`` (identities) or frozen."""
         owner = record.basis_owner or record
         if all(id(each.weight) in updated or not each.weight.requires_grad for each in self._sharing(owner)):
             self.apply_sketch(owner)
 
     def apply_rest(self) -> None:
-        """Renews what has been sketched and waits for a weight that got no gradient; the window is over."""
+        """Renews, at the end of the window, sketched bases that still wait for a sharing weight without a gradient."""
         for key in list(self._sketches):
             self.apply_sketch(self._records[key])
 
     def pass_on(self) -> None:
-        """The window's update is done: what had its turn and got no gradient waits again, behind the others."""
+        """Re-enqueues, after the update, the weights that had their turn but were not renewed, behind the others."""
         for key in self._turn & self.queue.due_since.keys():
             self.queue.fail(key, self.counters.num_updates)
 
     def sharers(self) -> set[int]:
-        """Identities of the weights whose basis is that of another one."""
+        """Returns the identities of the weights that use the basis of another weight."""
         return {key for key, record in self._records.items() if record.basis_owner is not None}
 
     def _sharing(self, owner: ProjectedParameter) -> list[ProjectedParameter]:
-        """The weights whose basis it is, itself first."""
+        """Returns the weights that use this basis, the owner first."""
         if not owner.shares_basis:
             return [owner]
         return [owner, *(record for record in self._records.values() if record.basis_owner is owner)]
 
     def apply_sketch(self, record: ProjectedParameter) -> None:
-        """Renews one basis, if it is due: from its sketch, where that has been kept, or as it is drawn."""
+        """Renews one due basis, from its kept sketch or by a random draw."""
         if not record.source.looks_at_gradient and id(record.weight) in self._turn & self.queue.due_since.keys():
             self._renew(record, None)
         sketch = self._sketches.pop(id(record.weight), None)
@@ -166,7 +168,7 @@ class BasisRefresh:
                 self._renew(record, sketch)
 
     def _renew(self, record: ProjectedParameter, delivered: Tensor | None) -> None:
-        """Exchanges a basis for the one that its source finds in what a backward has delivered."""
+        """Replaces a basis by the one that its source computes from ``delivered``; keeps it if that fails."""
         start = time.perf_counter()
         key, source = id(record.weight), record.source
         with self._observe("refresh", None):

@@ -1,4 +1,4 @@
-"""The sources of bases by name: those that a recipe may ask for, and those that graphs may hold."""
+"""Basis sources by name: the sources that a recipe may select, and all sources that graphs may contain."""
 
 from galore_fx.runtime.subspace.basis_heads import HeadBasis
 from galore_fx.runtime.subspace.basis_iteration import IteratedBasis

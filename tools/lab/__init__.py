@@ -1,1 +1,1 @@
-"""All that measures: benchmarks, quality runs, the planner against counted peaks. Nothing of it is installed."""
+"""Measurements: benchmarks, quality runs, predicted against counted peaks. This package is not installed."""

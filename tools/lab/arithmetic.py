@@ -1,11 +1,11 @@
-"""Fine-tunes a small model on word problems and counts the answers that are exactly right.
+"""Fine-tunes a small model on word problems and counts the exactly right answers.
 
-    python -m tools.lab.arithmetic --recipe galore+               base model, if there is none yet; then the fine-tuning
+    python -m tools.lab.arithmetic --recipe galore+      trains the base model if it is missing, then fine-tunes
     python -m tools.lab.arithmetic --recipe full --lr 5e-4
 
-The base model is the main job's, trained on Python's sources (``tools/train.py``) and kept in ``--base``. The problems
-are made here: names, things and small numbers in a few sentences, one or two operations; no problem is met twice, and
-no held-out one in training. Digits are written apart, so that each is a token.
+The base model is the default one of ``tools/train.py``, trained on Python's sources and stored in ``--base``. The
+problems are generated: a few sentences with names, things and small numbers, and one or two operations. Each problem is
+used once, held-out ones never in training. Digits are separated by spaces, so that each is one token.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KINDS = (
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Fine-tunes; returns exact-match accuracy, loss of the answers and counted peak."""
+    """Fine-tunes; returns exact-match accuracy, loss of the answers in nats per token, refreshes and counted peak."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="galore+")
     add_fine_tuning_options(parser, lr=2e-3, batch=16, base="runs/arithmetic-base", base_steps=BASE_STEPS)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def make_problems(arguments: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
-    """Question and answer, each once: the held-out ones, and enough to train on."""
+    """Returns unique pairs of question and answer: 512 held-out ones, and steps * batch for training."""
     draw = random.Random(arguments.seed)
     num_wanted = NUM_HELD_OUT + arguments.steps * arguments.batch
     made: dict[str, str] = {}
@@ -88,7 +88,7 @@ def make_problems(arguments: argparse.Namespace) -> dict[str, list[tuple[str, st
 
 
 def encode(problems: list[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids and labels, (problems, longest) int64: padded on the right, and -100 wherever it is not the answer."""
+    """Returns token ids and labels, (problems, longest) int64, padded on the right; labels are -100 outside answers."""
     questions, answers = ([e.ids for e in tokenizer.encode_batch(list(t))] for t in zip(*problems, strict=True))
     longest = max(len(q) + len(a) for q, a in zip(questions, answers, strict=True))
     ids = torch.zeros(len(problems), longest, dtype=torch.int64)
@@ -102,9 +102,9 @@ def encode(problems: list[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def evaluate(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of problems answered exactly right by greedy decoding, and mean loss of an answer's token in nats.
+    """Returns the share of exactly right answers by greedy decoding, and the mean loss of an answer token in nats.
 
-    Greedy decoding gives the answer exactly where each of its tokens is the most likely one after those before it.
+    Greedy decoding gives the right answer exactly if each of its tokens is the most likely one after its predecessors.
     """
     model.eval()
     logits = torch.cat([model(input_ids=part).logits for part in ids.split(64)])[:, :-1].float()

@@ -1,4 +1,4 @@
-"""Side-by-side benchmarks; each run appends rows to tools/lab/results/.
+"""Runs side-by-side benchmarks; each run appends rows to tools/lab/results/.
 
     python -m tools.lab.bench memory          memory through one step, as a picture (needs the plots extra)
     python -m tools.lab.bench start           time to the first step: cold, warm, and with 24 layers
@@ -10,7 +10,7 @@
     python -m tools.lab.bench finetune        a fine-tuning step at a gap of 10: galore_torch, galore+
     python -m tools.lab.bench step --case a --steps 15
 
-A row holds the figures with shape, settings, hardware, versions, load average and date. Times are minima over
+A row contains the figures with shape, settings, hardware, versions, load average and date. Times are minima over
 interleaved steps of one process, compared as ratios.
 """
 

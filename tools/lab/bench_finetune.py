@@ -1,8 +1,8 @@
-"""Fine-tuning with frequent refreshes: galore_torch, which spends most of its time in the SVD, and galore_fx's galore+.
+"""Benchmarks fine-tuning with frequent refreshes: galore_torch, dominated by its SVDs, against galore_fx's galore+.
 
-A Llama of hidden size 2048 with a small batch. A gap's mean step is (gap - refreshes) steady steps and the refreshing
-ones: the peer refreshes all weights in one step, galore_fx a block at a time. ``share`` is what refreshing costs of the
-mean step. Slowest over median: of all steps of three whole gaps, noise of the machine included.
+The model is a Llama of hidden size 2048 with a small batch. The mean step of a gap averages its steady and refreshing
+steps: the peer refreshes all weights in one step, galore_fx one block at a time. ``share`` is the part of the mean step
+that refreshing takes. For galore_fx, slowest over median covers all steps of three whole gaps, machine noise included.
 """
 
 import argparse
@@ -69,12 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _peer(batches: Any, *, with_svd: bool) -> dict[str, float]:
     peer = galore_torch_contender(SHAPE)
     step = functools.partial(peer.step, batches)
-    refresh_s = timed(step)  # compiles, too
+    refresh_s = timed(step)  # compiles as well
     steady_s = statistics.median(timed(step) for _ in range(7))
     if with_svd:
         for state in peer.optimizer.state.values():
             if "projector" in state:
-                state["projector"].ortho_matrix = None  # the next step computes it anew
+                state["projector"].ortho_matrix = None  # the next step recomputes it
         refresh_s = timed(step)
     mean_s = ((GAP - 1) * steady_s + refresh_s) / GAP
     return {
@@ -90,7 +90,7 @@ def _ours(settings: dict[str, Any], batches: Any, num_gaps: int) -> dict[str, fl
     contender = galore_fx_contender(SHAPE, refresh_gap=GAP, **settings)
     optimizer: Any = contender.optimizer
     step = functools.partial(contender.step, batches)
-    for _ in range(2 * GAP):  # the first refreshes, and all graphs
+    for _ in range(2 * GAP):  # the first refreshes; compiles all graphs
         step()
     assert optimizer.counters.num_updates % GAP == 0
     steady, refreshing = [], []
@@ -98,7 +98,7 @@ def _ours(settings: dict[str, Any], batches: Any, num_gaps: int) -> dict[str, fl
         due = bool(optimizer.refreshes.queue.due_since)
         (refreshing if due else steady).append(timed(step))
     times = [*steady, *refreshing]
-    # By medians: a whole gap's mean would be noise.
+    # Medians, because the mean over a whole gap is dominated by noise.
     steady_s, refresh_s = statistics.median(steady), statistics.median(refreshing)
     num_refreshing = len(refreshing) / num_gaps
     mean_s = ((GAP - num_refreshing) * steady_s + num_refreshing * refresh_s) / GAP

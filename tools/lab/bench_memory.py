@@ -1,4 +1,4 @@
-"""Memory through one training step, counted at every allocation, as a picture: ``docs/step_memory.svg``."""
+"""Plots the memory through one training step, counted at every allocation: ``docs/step_memory.svg``."""
 
 import argparse
 import functools
@@ -27,7 +27,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Counts a warm step of each contender, draws them, and appends a row of peaks."""
+    """Counts a warm step of each contender, plots them and appends a row of peaks."""
     import matplotlib
 
     matplotlib.use("svg")

@@ -1,4 +1,4 @@
-"""One training step of a Llama of 60 M parameters: recipe galore and recipe q-galore, both of galore_fx, in turn."""
+"""Benchmarks a training step of a Llama with 60 M parameters: recipes galore and q-galore of galore_fx, in turn."""
 
 import argparse
 from typing import Any

@@ -1,9 +1,9 @@
-"""New bases for one Llama layer: the SVD that galore_torch calls, and galore_fx's refreshes.
+"""Benchmarks new bases for one Llama layer: galore_torch's SVD against galore_fx's refreshes.
 
-The SVD is of each weight's full gradient, which is at hand for it. Ours is all that a refreshing step does more than a
-steady one: the sketch out of activations and their gradients, and the orthonormalisation; for queries and keys with
-cross-head projection the drawn heads' gradient and its small eigenproblem. Weights of equal shape are timed once and
-counted as often as the layer has them. The numbers are random with a decaying spectrum; times hardly depend on them.
+The SVD is of each weight's full gradient, whose computation is not timed. Ours is the additional work of a refreshing
+step: the sketch from activations and their gradients, and the orthonormalisation; for queries and keys with cross-head
+projection, the drawn heads' gradient and its small eigenproblem. Weights of equal shape are timed once and counted as
+often as the layer has them. The data is random with a decaying spectrum; times hardly depend on it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Times all of it, prints a table and appends a row for each size."""
+    """Times all refreshes, prints a table and appends a row for each hidden size and rank."""
     lines = []
     for hidden in arguments.hidden:
         shapes = {"attention": (hidden, hidden), "up": (INTERMEDIATE[hidden], hidden)}
@@ -71,7 +71,7 @@ _COLUMNS = ("layer_svd_s", "layer_iteration_s", "layer_cross_head_s", "speed", "
 
 
 def _operands(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """dY (t, m) and X (t, n) whose product has a decaying spectrum."""
+    """Returns dY (t, m) and X (t, n), float32, whose product has a decaying spectrum."""
     torch.manual_seed(0)
     m, n = shape
     mixing = torch.randn(TOKENS, TOKENS) * (torch.arange(1, TOKENS + 1) ** -0.5)
@@ -81,7 +81,7 @@ def _operands(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 def _by_iteration(shape: tuple[int, int], rank: int) -> Callable[[], object]:
     rows, cols = _operands(shape)
     basis = random_basis((shape[1], rank), torch.Generator().manual_seed(0))
-    projected = projected_gradient(rows, cols, basis, ProjectedDim.COLS)  # of the steady step
+    projected = projected_gradient(rows, cols, basis, ProjectedDim.COLS)  # part of the steady step
     return lambda: orthonormalize(sketch(rows, cols, projected, ProjectedDim.COLS))
 
 

@@ -1,4 +1,4 @@
-"""One training step in bfloat16: weights rounded to the nearest, as torch does, and stochastically, in turn."""
+"""Benchmarks a training step in bfloat16: weights rounded to nearest, as in torch, and stochastically, in turn."""
 
 import argparse
 from typing import Any
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     times: dict[tuple[str, str], list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
-        for _ in range(5):  # those in which the movement is looked at, too
+        for _ in range(5):  # covers the first updates, which also measure the movement
             contender.step(batches)
     for _ in range(arguments.steps):
         for name, contender in contenders.items():

@@ -1,10 +1,10 @@
-"""Time to the first finished training step, each start in a process of its own.
+"""Benchmarks the time to the first finished training step, each start in its own process.
 
     cold    an empty compile cache, 4 and 24 layers
-    warm    the cache that a start before it has filled
+    warm    the cache that an earlier start has filled
 
-Counted from ``galore_fx.compile`` on, imports and the model's making apart. The second step that meets a new form of
-the graphs (the first one refreshes, the next is steady) is given too.
+Time counts from ``galore_fx.compile`` on, without imports and the model's construction. ``both_forms_s`` is the time to
+the end of the third step, when both forms of the graphs are compiled: the first step refreshes, later ones are steady.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def add_command(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Starts the processes in turn, prints their times and appends a row."""
+    """Starts the processes in turn, prints their times and appends a row; ``--child`` measures one start."""
     if arguments.child:
         print(json.dumps(_first_steps(arguments.child)))
         return

@@ -1,10 +1,10 @@
-"""One training step of a Llama: compiled model + fused AdamW, compiled model + galore_torch, galore_fx.
+"""Benchmarks a training step of a Llama: compiled model + fused AdamW, compiled model + galore_torch, galore_fx.
 
-Three models of equal weights live in one process and take their steps in turn, so that a slow moment of the machine
-hits all alike. A contender's steady time is the minimum over its steps; its amortised time adds its refresh at a gap
-of 200: the reference refreshes everything in one step of 200, galore_fx one region after the other.
+Three models with equal weights live in one process and step in turn, so that slow phases of the machine affect all
+alike. A contender's steady time is the minimum over its steps. Its amortised time adds its refresh at a gap of 200: the
+reference refreshes all weights in one step of 200, galore_fx one block after the other.
 
-What flatters galore_fx: rank 128 is d/4 in case a, d/8 in case b, and the work saved grows as the rank shrinks.
+The settings favour galore_fx: rank 128 is d/4 in case a and d/8 in case b, and a smaller rank saves more work.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(case: str, num_steps: int, *, with_svd: bool) -> dict[str, Any]:
-    """Times and counts the three contenders."""
+    """Measures times in seconds and peaks in MiB of the three contenders; returns the row."""
     shape = CASES[case]
     batches = make_batches(shape)
     contenders = {
@@ -97,7 +97,7 @@ def measure(case: str, num_steps: int, *, with_svd: bool) -> dict[str, Any]:
 
 
 def flop_bound(shape: dict[str, Any]) -> float:
-    """Upper bound of the speed-up over AdamW by operations of matrix products alone (attention left out)."""
+    """Returns an upper bound of the speed-up over AdamW: the ratio of matrix-product FLOPs, attention left out."""
     hidden, inter, tokens = shape["hidden"], shape["intermediate"], shape["batch"] * shape["seq"]
     weights = [(hidden, hidden)] * 4 + [(inter, hidden)] * 2 + [(hidden, inter)]
     head = hidden * shape["vocabulary"]
@@ -110,12 +110,12 @@ def flop_bound(shape: dict[str, Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way to train.
+    """One of the compared ways to train.
 
     Attributes:
-        step: takes one training step on the batch that its argument gives.
+        step: runs one training step on the batch that its argument returns.
         model: the model.
-        optimizer: what steps it.
+        optimizer: its optimizer.
     """
 
     step: Callable[[Callable[[], torch.Tensor]], None]
@@ -123,19 +123,19 @@ class Contender:
     optimizer: torch.optim.Optimizer
 
     def kept_bytes(self) -> int:
-        """Bytes that live between steps: weights and all that the optimizer keeps."""
+        """Returns the bytes that live between steps: weights and optimizer state."""
         return tensor_bytes([*self.model.parameters(), *_tensors(self.optimizer)])
 
 
 def adamw_contender(shape: dict[str, Any]) -> Contender:
-    """The whole model compiled, torch's fused AdamW."""
+    """Returns the whole model compiled, with torch's fused AdamW."""
     model = make_model(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return _plain(model, optimizer)
 
 
 def galore_torch_contender(shape: dict[str, Any]) -> Contender:
-    """The whole model compiled, the released GaLoreAdamW, projecting what galore_fx projects."""
+    """Returns the whole model compiled, with the released GaLoreAdamW; it projects the same weights as galore_fx."""
     from galore_torch import GaLoreAdamW
 
     model = make_model(shape)
@@ -160,7 +160,7 @@ def _plain(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> Contend
 
 
 def galore_fx_contender(shape: dict[str, Any], dtype: torch.dtype = torch.float32, **overrides: Any) -> Contender:
-    """galore_fx with its default recipe; ``overrides`` are parts of it."""
+    """Returns galore_fx with its default recipe; ``overrides`` replace parts of the recipe."""
     adamw = functools.partial(torch.optim.AdamW, lr=1e-3)
     parts = {"refresh_gap": GAP, **overrides}
     model = galore_fx.compile(make_model(shape).to(dtype), rank=RANK, optimizer=adamw, **parts)
@@ -177,14 +177,14 @@ def galore_fx_contender(shape: dict[str, Any], dtype: torch.dtype = torch.float3
 def _add_amortised(
     row: dict[str, Any], contenders: dict[str, Contender], batches: Callable[[], torch.Tensor], with_svd: bool
 ) -> None:
-    """Times of a mean step over a whole gap: steady steps, and the steps that refresh."""
+    """Adds the mean step times over a whole gap, of steady and refreshing steps, to the row."""
     row["adamw_amortised_s"] = row["adamw_s"]
     row["galore_torch_amortised_s"] = row["galore_torch_s"]
     if with_svd:
         peer = contenders["galore_torch"]
         for state in peer.optimizer.state.values():
             if "projector" in state:
-                state["projector"].ortho_matrix = None  # the next step computes it anew
+                state["projector"].ortho_matrix = None  # the next step recomputes it
         refresh_s = timed(lambda: peer.step(batches))
         row["galore_torch_refresh_step_s"] = round(refresh_s, 2)
         row["galore_torch_amortised_s"] = round(((GAP - 1) * row["galore_torch_s"] + refresh_s) / GAP, 4)
@@ -210,7 +210,7 @@ def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def make_model(shape: dict[str, Any]) -> LlamaForCausalLM:
-    """A Llama of this shape, the same weights every time."""
+    """Returns a Llama of this shape in training mode, always with the same weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=shape["hidden"],
@@ -224,14 +224,14 @@ def make_model(shape: dict[str, Any]) -> LlamaForCausalLM:
 
 
 def make_batches(shape: dict[str, Any]) -> Callable[[], torch.Tensor]:
-    """A function that gives the next random batch, the same sequence every time."""
+    """Returns a function that returns the next random batch, (batch, seq) int64, always in the same sequence."""
     generator = torch.Generator().manual_seed(0)
     size = (shape["batch"], shape["seq"])
     return lambda: torch.randint(0, shape["vocabulary"], size, generator=generator)
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that some work takes."""
+    """Returns the seconds that some work takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

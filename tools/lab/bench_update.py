@@ -1,4 +1,4 @@
-"""The update of one parameter with 8-bit states, beside the 8-bit AdamW of bitsandbytes and of torchao."""
+"""Benchmarks one parameter's update with 8-bit states against the 8-bit AdamW of bitsandbytes and torchao."""
 
 import argparse
 import importlib.util

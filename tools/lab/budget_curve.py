@@ -1,11 +1,11 @@
 """Tightens the budget of one model step by step until nothing fits, and writes docs/budget_curve.md and .svg.
 
-    python -m tools.lab.budget_curve            goes on where a stopped run was
+    python -m tools.lab.budget_curve            continues a stopped run
     python -m tools.lab.budget_curve --again    from the beginning
 
-Two curves: all but rank and states given away (equal results are wanted), and all that the planner may choose. At
-each budget the model is compiled, trained for a few steps from the same weights on the same batches, its peak counted
-and its steady step timed; the times are the minimum of several.
+There are two curves: one with rank and states fixed, so that results should be equal, and one with all choices open to
+the planner. At each budget the model is compiled and trained for a few steps from the same weights on the same batches;
+its peak is counted and its steady step timed, as the minimum of several.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CURVES: dict[str, dict[str, Any]] = {"rank 0.25": {"rank": 0.25, "state_bits": 3
 
 
 def make() -> nn.Module:
-    """A Llama of 7 M parameters whose activations dominate."""
+    """Returns a Llama with 7 M parameters whose activations dominate its memory."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, vocab_size=4096,
@@ -43,14 +43,14 @@ def make() -> nn.Module:
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
-    """Random tokens, 8 x 128."""
+    """Returns six batches of random tokens, (8, 128) int64."""
     generator = torch.Generator().manual_seed(0)
     made = [torch.randint(3, 4096, (8, 128), generator=generator) for _ in range(NUM_STEPS)]
     return [{"input_ids": ids, "labels": ids} for ids in made]
 
 
 def main() -> None:
-    """Runs what is missing and writes the page."""
+    """Runs the missing budgets and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="forget the rows of earlier runs")
     if parser.parse_args().again:

@@ -1,10 +1,10 @@
-"""Fine-tunes a small RoBERTa to tell which keyword a line of Python began with, and counts the right answers.
+"""Fine-tunes a small RoBERTa to predict the keyword that began a line of Python, and counts the right answers.
 
-    python -m tools.lab.classify --way gradnormlorp --lr 3e-3   base model, if there is none yet; then the fine-tuning
+    python -m tools.lab.classify --way gradnormlorp --lr 3e-3   trains the base model if it is missing, then fine-tunes
     python -m tools.lab.classify --way lora --lr 3e-3           the peer (pip install peft): LoRA of rank 8
 
-The base model is trained here on the same text by masked tokens, and kept in ``--base``. A line's first word (def, for,
-return, ...) is taken away and is the label; held-out lines come from files of their own. Embeddings are frozen.
+The base model is trained on the same text with masked tokens and stored in ``--base``. The first word of a line (def,
+for, return, ...) is removed and is the label; held-out lines come from separate files. Embeddings are frozen.
 """
 
 import argparse
@@ -39,7 +39,7 @@ LORA = {
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Fine-tunes; returns accuracy, loss and counted peak."""
+    """Fine-tunes; returns accuracy, held-out loss in nats, refreshes, trained parameters and counted peak."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--way", choices=WAYS, default="gradnormlorp", help="a recipe, or LoRA")
     add_fine_tuning_options(parser, lr=3e-3, batch=32, base="runs/classify-base", base_steps=BASE_STEPS)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def labelled_lines(texts: list[str]) -> list[tuple[str, int]]:
-    """Lines without the word that they began with, and its place among ``LABELS``."""
+    """Returns lines without their first word, each with the index of this word in ``LABELS``."""
     found = []
     for text in texts:
         for line in text.splitlines():
@@ -78,7 +78,7 @@ def labelled_lines(texts: list[str]) -> list[tuple[str, int]]:
 
 
 def encode(lines: list[tuple[str, int]], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Token ids (lines, seq), padded on the right, and labels (lines,)."""
+    """Returns token ids (lines, seq), padded on the right, and labels (lines,), both int64."""
     ids = torch.full((len(lines), SEQ), PAD)
     for row, encoded in enumerate(tokenizer.encode_batch([text for text, _ in lines])):
         part = torch.tensor(encoded.ids[:SEQ])
@@ -88,7 +88,7 @@ def encode(lines: list[tuple[str, int]], tokenizer: Any) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def evaluate(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Share of right answers, and mean loss in nats."""
+    """Returns the share of right answers and the mean loss in nats."""
     model.eval()
     logits = torch.cat([model(input_ids=part, attention_mask=(part != PAD).long()).logits for part in ids.split(256)])
     model.train()
@@ -96,7 +96,7 @@ def evaluate(model: nn.Module, ids: Tensor, labels: Tensor) -> tuple[float, floa
 
 
 def _prepared(model: Any, arguments: argparse.Namespace) -> Any:
-    """Compiled, with what the way of training trains; its head always, its embeddings never."""
+    """Returns the compiled model for the way of training; the head is always trained, the embeddings never."""
     settings: dict[str, Any] = {"recipe": "full"}
     if arguments.way == "lora":
         from peft import LoraConfig, get_peft_model

@@ -1,11 +1,11 @@
-"""How much of a gradient the bases hold, on real gradients through a training, beside the exact basis.
+"""Measures how much of real gradients the bases capture during a training, relative to the exact basis.
 
-    python -m tools.lab.energy                 the main job's model and text, 400 updates, gap 20; writes docs/energy.md
+    python -m tools.lab.energy                 default model and text, 400 updates, gap 20; writes docs/energy.md
     python -m tools.lab.energy --updates 100 --gap 50
 
-At some updates the full gradients G of the very batch are taken from a plain copy of the model. Of every weight whose
-basis P is renewed then: ||G P||^2 with the new basis, with the old one, and with the exact one of the same rank (SVD);
-with cross-head projection the same for each head alone, against the exact basis of the whole weight.
+At some updates a plain copy of the model gives the full gradients G of the same batch. For every weight whose basis P
+is renewed in the update, ||G P||^2 is computed with the new basis, with the old one, and with the exact one of the same
+rank (SVD). With cross-head projection each head is also compared alone with the exact basis of the whole weight.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The command line of scripts that fine-tune a base model which they train themselves."""
+"""Command-line options of scripts that train a base model and fine-tune it."""
 
 import argparse
 
@@ -8,7 +8,7 @@ from galore_fx.cli.recipe_options import add_part_option
 def add_fine_tuning_options(
     parser: argparse.ArgumentParser, *, lr: float, batch: int, base: str, base_steps: int
 ) -> None:
-    """Those of a script that fine-tunes a base model which it trains itself."""
+    """Adds the options to a parser; the keywords are their defaults."""
     parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=batch)

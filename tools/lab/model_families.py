@@ -1,6 +1,6 @@
-"""Tiny random models of transformers' families, each with a batch it trains on; for docs/models.md and the tests.
+"""Tiny random models of transformers' families, each with a training batch; for docs/models.md and the tests.
 
-Dropout is off everywhere, so that a compiled and a plain model see the same numbers.
+Dropout is off everywhere, so that a compiled and a plain model compute the same.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ class Family:
     """A family of models.
 
     Attributes:
-        kind: what it is, for the table.
+        kind: kind of model for the table, such as "decoder".
         model_class: the class of transformers that is trained.
         config: its tiny configuration.
-        batch: a batch to train on, from a generator.
+        batch: returns a training batch from a generator.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Family:
     batch: Callable[[torch.Generator], Batch]
 
     def model(self) -> nn.Module:
-        """A fresh model in training mode, always with the same weights."""
+        """Returns a fresh model in training mode, always with the same weights."""
         torch.manual_seed(0)
         return self.model_class(self.config).train()
 
@@ -184,16 +184,16 @@ FAMILIES: dict[str, Family] = {
 
 @dataclasses.dataclass(frozen=True)
 class FamilyReport:
-    """What came of training one family.
+    """Result of training one family.
 
     Attributes:
-        share: part of the parameters (by elements) that is projected.
-        num_projected: projected weights.
+        share: projected share of the parameters, by elements.
+        num_projected: number of projected weights.
         worst_error: largest ||R - G Q|| / ||G Q|| over them, G from the plain model in eager mode.
-        num_full: projected weights that had a full gradient all the same.
-        losses: before each of six steps on one batch.
-        num_graphs: block graphs that were captured.
-        uncompiled: blocks that were not.
+        num_full: number of projected weights that had a full gradient nevertheless.
+        losses: loss before the first step and after each step, all on one batch.
+        num_graphs: number of captured block graphs.
+        uncompiled: blocks that were not captured.
         has_logits: whether logits were formed in training.
     """
 
@@ -208,7 +208,7 @@ class FamilyReport:
 
 
 def train_family(family: Family, num_steps: int = 5) -> FamilyReport:
-    """Compares the first gradients with the plain model's, then trains some steps on the same batch."""
+    """Compares the first gradients with the plain model's, then trains ``num_steps`` steps on the same batch."""
     model, reference = family.model(), family.model()
     galore_fx.compile(model, rank=4, refresh_gap=100, optimizer=functools.partial(torch.optim.AdamW, lr=3e-3))
     batch = family.batch(torch.Generator().manual_seed(1))

@@ -1,10 +1,10 @@
-"""The main job by the peers: LoRA (peft) and GaLore as released (galore-torch), on the same model, text and tokens.
+"""Runs ``tools/train.py``'s job with peers on the same model and tokens: LoRA (peft) and the released galore-torch.
 
     python -m tools.lab.peers lora --lr 5e-3 --steps 600            pip install -e '.[peers]'
     python -m tools.lab.peers galore_torch --lr 2e-3 --steps 600    pip install -e '.[dev]'
 
-Arguments besides the peer are those of ``tools/train.py``; rank, gap and scale are what the recipes have by default.
-LoRA's blocks have adapters of rank 16 on all linear layers, its embedding and head are trained in full, as a model from
+The arguments after the peer are the same as for ``tools/train.py``; rank, gap and scale are the recipes' defaults. LoRA
+has adapters of rank 16 on all linear layers of the blocks. Its embedding and head are trained in full, as a model with
 random weights needs.
 """
 
@@ -26,7 +26,11 @@ LORA_RANK = 16
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Trains; returns held-out loss and counted peak."""
+    """Trains; returns held-out and training loss in nats per token, and the counted peak in bytes.
+
+    Raises:
+        InputError: the first argument is not a peer.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     peer = given.pop(0) if given else ""
     if peer not in PEERS:
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     transient = 0
     bar = tqdm(range(arguments.steps), desc=peer, unit="step", disable=None)
     for number in bar:
-        if number in (0, train.COUNTED_STEP):  # with new bases and without
+        if number in (0, train.COUNTED_STEP):  # a refreshing and a steady step
             counted = count_memory(functools.partial(step, number), torch.device("cpu"))
             transient = max(transient, counted.transient_peak_bytes)
         else:
@@ -86,7 +90,7 @@ def _galore_torch(model: nn.Module, lr: float) -> tuple[nn.Module, torch.optim.O
 
 
 def _states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Of both peers: moments, and the basis inside galore_torch's projector."""
+    """Returns the state tensors of either peer: moments, and the basis inside galore_torch's projector."""
     found = []
     for state in optimizer.state.values():
         values = [*state.values(), getattr(state.get("projector"), "ortho_matrix", None)]

@@ -1,12 +1,12 @@
 """Compares predicted with counted peaks of whole training steps and writes docs/plan_accuracy.md.
 
-    python -m tools.lab.plan_accuracy                 all cases, a row as each ends; goes on where a stopped run was
-    python -m tools.lab.plan_accuracy llama mlp       these models only; the page shows them and all that was run before
+    python -m tools.lab.plan_accuracy                 all cases, one row each; continues a stopped run
+    python -m tools.lab.plan_accuracy llama mlp       these models only; the page shows them and all earlier cases
     python -m tools.lab.plan_accuracy --again         from the beginning
 
 A case is a model, a dtype, a recipe and a budget (a fraction of the loose plan's peak). The step is planned, compiled
-and trained; the bytes of a steady and of a refreshing step are counted at every allocation, and what lives between
-steps is added.
+and trained. The bytes of a steady and a refreshing step are counted at every allocation; bytes that live between steps
+are added.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def _causal(model: nn.Module, batch: int, seq: int, vocabulary: int) -> Made:
 
 
 def llama(layers: int, hidden: int, batch: int, seq: int) -> Made:
-    """Activations dominate where the batch is large, states where the width is."""
+    """Returns a Llama; activations dominate for a large batch, states for a large width."""
     config = hf.LlamaConfig(
         hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, num_attention_heads=8,
         vocab_size=2048, max_position_embeddings=512, **_PLAIN,
@@ -55,7 +55,7 @@ def llama(layers: int, hidden: int, batch: int, seq: int) -> Made:
 
 
 def qwen2(layers: int, hidden: int, batch: int, seq: int) -> Made:
-    """Grouped keys and values, biases."""
+    """Returns a Qwen2 with grouped keys and values and biases."""
     config = hf.Qwen2Config(
         hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=2, vocab_size=4096, max_position_embeddings=512, **_PLAIN,
@@ -64,13 +64,13 @@ def qwen2(layers: int, hidden: int, batch: int, seq: int) -> Made:
 
 
 def gpt2(layers: int, hidden: int, batch: int, seq: int) -> Made:
-    """With dropout, tied head."""
+    """Returns a GPT-2 with dropout and a tied head."""
     config = hf.GPT2Config(n_embd=hidden, n_layer=layers, n_head=8, vocab_size=2048, n_positions=512, **_PLAIN)
     return _causal(hf.GPT2LMHeadModel(config), batch, seq, 2048)
 
 
 def bert(layers: int, hidden: int, batch: int, seq: int) -> Made:
-    """Classification with dropout."""
+    """Returns a BERT classifier with dropout."""
     config = hf.BertConfig(
         hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers, num_attention_heads=8,
         vocab_size=2048, max_position_embeddings=512, num_labels=3,
@@ -81,7 +81,7 @@ def bert(layers: int, hidden: int, batch: int, seq: int) -> Made:
 
 
 def moe(layers: int, hidden: int, batch: int, seq: int) -> Made:
-    """Four experts, two of them for each token (Mixtral)."""
+    """Returns a Mixtral with four experts, two of them for each token."""
     config = hf.MixtralConfig(
         hidden_size=hidden, intermediate_size=hidden * 2, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=2048,
@@ -91,21 +91,21 @@ def moe(layers: int, hidden: int, batch: int, seq: int) -> Made:
 
 
 class Perceptron(nn.Module):
-    """Linear layers in a list."""
+    """Linear layers with GELU in a list."""
 
     def __init__(self, layers: int, hidden: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList([nn.Sequential(nn.Linear(hidden, hidden), nn.GELU()) for _ in range(layers)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mean square of the output."""
+        """Returns the mean square of the output, 0-d float32."""
         for layer in self.layers:
             x = layer(x)
         return x.float().square().mean()
 
 
 def mlp(layers: int, hidden: int, batch: int, seq: int) -> Made:
-    """A plain torch model."""
+    """Returns a plain torch model, not from transformers."""
     return Perceptron(layers, hidden).train(), (torch.randn(batch * seq, hidden),)
 
 
@@ -120,7 +120,7 @@ MODELS: dict[str, list[tuple[Callable[..., Made], tuple[int, int, int, int]]]] =
 
 
 def main() -> int:
-    """Runs the cases and writes the page."""
+    """Runs the cases and writes the page; returns 1 if an error exceeds its tolerance, otherwise 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; all by default")
     parser.add_argument("--again", action="store_true", help="forget the rows of earlier runs")

@@ -1,12 +1,13 @@
-"""What the parts of a recipe cost in held-out loss: one model, one text, the same tokens, several recipes.
+"""Measures the cost of a recipe's parts in held-out loss: several recipes on one model and the same tokens.
 
-    python -m tools.lab.quality             runs what is missing, goes on where it stopped, writes docs/quality.md
-    python -m tools.lab.quality galore+     of this study only
-    python -m tools.lab.quality --all       more seeds, ranks, gaps and learning rates too
+    python -m tools.lab.quality             runs the missing variants, resumes a stopped one, writes docs/quality.md
+    python -m tools.lab.quality galore+     only this study
+    python -m tools.lab.quality --all       also more seeds, ranks, gaps and learning rates
     python -m tools.lab.quality --table     only writes the page
 
-Each variant is a run of ``tools/train.py`` (its default model, 10 M parameters), ``tools/lab/arithmetic.py`` or
-``tools/lab/classify.py`` (LoRA there needs ``pip install -e '.[peers]'``); two to ten minutes each on two cores.
+Each variant is a run of ``tools/train.py`` (default model, 10 M parameters), ``tools/lab/peers.py``,
+``tools/lab/arithmetic.py`` or ``tools/lab/classify.py``. LoRA needs ``pip install -e '.[peers]'``. A run takes two to
+ten minutes on two cores.
 """
 
 import argparse
@@ -43,7 +44,7 @@ _KEPT = (
 
 
 def main() -> None:
-    """Runs what is missing."""
+    """Runs the missing variants and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="*", help=f"of {', '.join(STUDIES)}; default: all")
     parser.add_argument("--all", action="store_true", help="more seeds, ranks, gaps and learning rates too")
@@ -139,7 +140,7 @@ def _table(study: Study, rows: dict[str, Any]) -> str:
 
 
 def _over_seeds(rows: dict[str, Any]) -> str:
-    """A table of the variants that have run with several seeds, the lowest loss first; empty for none."""
+    """Returns a table of the variants with several seeds, lowest mean loss first; empty if there are none."""
     seeds: dict[str, list[dict[str, Any]]] = {}
     for name, row in rows.items():
         seeds.setdefault(name.partition(", seed ")[0], []).append(row)

@@ -1,11 +1,11 @@
-"""Held-out loss against counted peak of the variants of a study, as a picture."""
+"""Plots held-out loss against counted peak for the variants of a study."""
 
 from pathlib import Path
 from typing import Any
 
 
 def draw(rows: dict[str, Any], path: Path) -> None:
-    """Writes the picture in the format of the file's ending; one point for each row of the first seed.
+    """Writes the picture in the format of the file's suffix, with one point for each row of the first seed.
 
     Raises:
         ImportError: matplotlib is missing; ``pip install -e '.[plots]'``.
@@ -13,7 +13,7 @@ def draw(rows: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "galore_fx"  # the same file from the same rows
+    matplotlib.rcParams["svg.hashsalt"] = "galore_fx"  # equal rows give an identical file
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))

@@ -1,4 +1,4 @@
-"""What ``tools/lab/quality.py`` compares: for each study its variants, as arguments of the script that trains them."""
+"""Studies of ``tools/lab/quality.py``: their variants, as arguments of the script that trains them."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def _density(share: float) -> list[str]:
 
 
 def _by_seed(variants: dict[str, list[str]], seeds: str) -> dict[str, list[str]]:
-    """Each of ``variants`` with each seed, which 0 is not said of."""
+    """Returns each variant with each seed (a digit of ``seeds``); names omit seed 0."""
     return {
         name if seed == "0" else f"{name}, seed {seed}": [*parts, "--seed", seed]
         for seed in seeds
@@ -27,7 +27,7 @@ def _by_seed(variants: dict[str, list[str]], seeds: str) -> dict[str, list[str]]
     }
 
 
-# What both of GaLore+'s studies ask with three seeds.
+# Variants that both GaLore+ studies run with three seeds.
 _COMPARED = {
     "galore, lr 4e-3": [*_GALORE, *_FAST],
     "galore, rank 16": [*_GALORE, *_FAST, "--part", "rank=16"],
@@ -35,7 +35,7 @@ _COMPARED = {
     "density 0.06": [*_PLUS, *_FAST, *_density(0.06)],
     "without residual": [*_PLUS, *_FAST, *_DROP],
 }
-# A larger rank, bases renewed often.
+# A larger rank and frequent refreshes.
 _OFTEN = ["--part", "rank=0.25", "--part", "refresh_gap=20"]
 _OFTEN_DENSE = "galore+, rank 0.25, gap 20, density 0.06"
 _COMPARED_OFTEN = {
@@ -47,16 +47,16 @@ _COMPARED_OFTEN = {
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Runs that are compared.
+    """A comparison of runs.
 
     Attributes:
-        name: on the command line and in the rows.
-        title, text: of its section; ``{steps}`` stands for the steps.
-        steps: of each run.
-        against: the variant whose loss the others' is compared with.
-        variants: name and arguments of each run.
-        further: those that run with ``--all`` only: more seeds, ranks, gaps and learning rates.
-        script: of ``tools/`` that trains them: train (peers where the first argument is one), arithmetic or classify.
+        name: name on the command line and in the rows.
+        title, text: title and text of its section; ``{steps}`` is replaced by the steps.
+        steps: training steps of each run.
+        against: the variant with whose loss the others are compared.
+        variants: arguments of each run by name.
+        script: script that trains them: train (peers if the first argument is one), arithmetic or classify.
+        further: runs with ``--all`` only: more seeds, ranks, gaps and learning rates.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Study:
 
     @property
     def all_variants(self) -> dict[str, list[str]]:
-        """``variants`` and ``further``."""
+        """All runs: ``variants`` and ``further``."""
         return self.variants | self.further
 
 
@@ -81,7 +81,7 @@ _AGAIN = {
     "fira": ["--recipe", "fira"],
     "gradnormlorp": _FACTORS,
 }
-# Of the recipes on one text, by seed 0.
+# The best variants of the study of all recipes, by seed 0.
 _BEST = {
     "gradnormlorp, lr 4e-3": [*_FACTORS, "--lr", "4e-3"],
     "fira, lr 4e-3": ["--recipe", "fira", "--lr", "4e-3"],

@@ -1,4 +1,4 @@
-"""A row for each run, in ``tools/lab/results/NAME.jsonl``: the figures, commit, hardware, versions, load and date."""
+"""Appends and reads rows of ``tools/lab/results/NAME.jsonl``: figures, commit, hardware, versions, load and date."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def environment() -> dict[str, Any]:
-    """What a row needs besides its figures."""
+    """Returns the fields of a row besides its figures: date (UTC), commit, device, threads, load average, versions."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()
@@ -47,6 +47,6 @@ def _cpu_name() -> str:
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """All rows of that name, none where there is no file."""
+    """Returns all rows of ``NAME.jsonl``; an empty list if there is no file."""
     file = RESULTS / f"{name}.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

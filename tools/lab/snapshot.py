@@ -1,16 +1,15 @@
-"""Freezes what training computes, so that a change of the code's shape can be shown to change nothing else.
+"""Records the results of training, so that a refactoring can be shown to change none of them.
 
     python -m tools.lab.snapshot --record    run every case and write tools/lab/results/snapshot.json
     python -m tools.lab.snapshot --check     run every case and compare; the exit status is the number of differences
     python -m tools.lab.snapshot --check galore+ plans    only the cases whose name contains one of these words
 
-A case is a recipe with its update mode, dtype and bits of the weights, trained for 12 updates in which bases are
-refreshed twice, gradients accumulate, one step has a NaN and a second process's worth of state is loaded in the middle.
-Kept of it: digests of weights and of all that the optimizer saves, the counted peak of a step, the number of
-compilations, and the passes that ran. A few cases run Inductor's kernels; the others run graphs as AOTAutograd leaves
-them. The plans of six models are kept besides.
+A case trains a recipe with its update mode, dtype and bits of the weights for 12 updates. Bases are refreshed twice,
+deferred updates accumulate gradients, one step has a NaN, and after 7 updates a new model loads the state. Recorded are
+digests of weights and saved optimizer state, the counted peak of a step, the numbers of refreshes, skips and
+compilations, the passes that ran, and the plans of six models. Only a few cases run Inductor's kernels.
 
-Digests are of this CPU's arithmetic: on another kind of processor, record the older commit there first.
+Digests depend on the arithmetic of the CPU: on another kind of processor, record the older commit there first.
 """
 
 import argparse
@@ -45,7 +44,7 @@ NUM_PROCESSES = 2
 FILE = RESULTS / "snapshot.json"
 UPDATES, STOP, NAN_AT = 12, 7, 4
 VOCABULARY, BATCH, LENGTH = 128, 2, 16
-# Parts whose published values do nothing within 12 updates of a small model, or do not fit into it.
+# Parts whose published values have no effect within 12 updates of a small model, or do not fit it.
 SMALL: dict[str, Any] = {"rank": 8, "refresh_gap": 5}
 OF_RECIPE: dict[str, dict[str, Any]] = {
     "galore+": {"residual_warm_up": 4, "residual_density": 0.1},
@@ -53,7 +52,7 @@ OF_RECIPE: dict[str, dict[str, Any]] = {
     "vlorp": {"granularity": 4},
     "q-galore": {"lazy_queue": 1, "lazy_threshold": 0.5},
 }
-# Parts that no named recipe has.
+# Parts that no named recipe uses.
 PARTS: dict[str, dict[str, Any]] = {
     "rows": {"project": "output"},
     "rotate": {"moments_on_refresh": "rotate"},
@@ -77,7 +76,7 @@ OF_NORMALIZED: dict[str, dict[str, Any]] = {
     "one side": {"sides": "one", "basis": "subspace-iteration"},
     "merged": {"merge_factors": True},
 }
-# Recipe, update mode, dtype, bits of the weights.
+# Cases that run Inductor's kernels: recipe, update mode, dtype, bits of the weights.
 WITH_KERNELS = {
     ("auto", "deferred", "bfloat16", 16),
     ("galore+", "in-backward", "float32", 16),
@@ -98,13 +97,13 @@ PLAN_LENGTH = 128
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One training.
+    """One training run.
 
     Attributes:
         recipe: a name of ``galore_fx.RECIPES``.
         update: "deferred" or "in-backward".
-        dtype: of the model, as torch names it.
-        weight_bits: 16 for weights as the model has them, 8 for codes.
+        dtype: torch's name of the model's dtype.
+        weight_bits: 16 for weights in the model's dtype, 8 for 8-bit codes.
         part: a key of ``PARTS`` or ``OF_NORMALIZED``, or empty.
     """
 
@@ -116,13 +115,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the case is called in the file."""
+        """Name of the case in the file."""
         of = (self.recipe, self.part, self.update, self.dtype, "8-bit weights" if self.weight_bits == 8 else "")
         return ", ".join(filter(None, of))
 
     @property
     def has_kernels(self) -> bool:
-        """Whether Inductor compiles it."""
+        """Whether Inductor compiles the case."""
         return not self.part and (self.recipe, self.update, self.dtype, self.weight_bits) in WITH_KERNELS
 
     @property
@@ -136,7 +135,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every combination that galore_fx accepts, and each remaining part once."""
+    """Returns every combination of the grid that galore_fx accepts, and each further part once."""
     grid = itertools.product(galore_fx.RECIPES, ("deferred", "in-backward"), ("float32", "bfloat16"), (16, 8))
     found = [Case(*each) for each in grid]
     for recipe, parts in (("auto", PARTS), ("gradnormlorp", OF_NORMALIZED)):
@@ -145,7 +144,7 @@ def cases() -> list[Case]:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Trains the case; what is kept of it."""
+    """Trains the case and returns the recorded results."""
     with _quiet(), _kernels(case.has_kernels):
         model = _train(case)
         stats = model.galore_fx.stats()
@@ -162,7 +161,7 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def run_plan(name: str) -> dict[str, Any]:
-    """Plans a preset; its peak and a digest of all that the plan says."""
+    """Plans a preset and returns its peak and phases in bytes and a digest of the plan."""
     settings = dict(PLANS[name])
     dtype = getattr(torch, settings.pop("dtype"))
     with torch.device("meta"):
@@ -172,11 +171,12 @@ def run_plan(name: str) -> dict[str, Any]:
     with _quiet():
         plan = galore_fx.plan(model, sample={"input_ids": ids, "labels": labels}, optimizer=_adamw(), **settings)
     whole = json.loads(plan.to_json())
+    del whole["prediction"]["seconds"]  # on a CPU by rates that are measured
     return {"peak": plan.peak_bytes, "phases": plan.phases, "plan": hashlib.sha256(_text(whole)).hexdigest()[:16]}
 
 
 def main() -> int:
-    """Records or checks."""
+    """Records or checks; returns 0 after recording, otherwise the number of differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--record", action="store_true", help="write the file anew")
@@ -192,6 +192,8 @@ def main() -> int:
         if "error" in case:
             print(f"{name}: {case['error']}")
     if arguments.record:
+        if arguments.words:
+            found = json.loads(FILE.read_text())["cases"] | found
         FILE.write_text(json.dumps({"machine": _machine(), "cases": found}, indent=1, sort_keys=True) + "\n")
         print(f"wrote {FILE.relative_to(ROOT)}: {len(found)} cases")
         return 0
@@ -202,7 +204,7 @@ def main() -> int:
 
 
 def _grouped(work: dict[str, Task]) -> list[dict[str, Task]]:
-    """What one process runs: cases that share graphs, so that none of them is captured twice; the others alone."""
+    """Groups tasks by process: cases that share graphs together, so that none is captured twice; others alone."""
     groups: dict[object, dict[str, Task]] = {}
     shared = {case.name: (case.recipe, case.part, case.dtype) for case in cases() if not case.has_kernels}
     for name, task in work.items():
@@ -211,7 +213,7 @@ def _grouped(work: dict[str, Task]) -> list[dict[str, Task]]:
 
 
 def _run_all(groups: list[dict[str, Task]]) -> dict[str, Any]:
-    """Each group in a process of its own, with one thread for sums that keep their order."""
+    """Runs each group in its own process, with one thread, so that sums keep their order."""
     torch.set_num_threads(1)
     inductor_config.compile_threads = 1  # a pool of compilers does not survive a fork
     context = multiprocessing.get_context("fork")
@@ -221,7 +223,7 @@ def _run_all(groups: list[dict[str, Task]]) -> dict[str, Any]:
             while waiting and len(running) < NUM_PROCESSES:
                 group = waiting.pop(0)
                 here, there = context.Pipe(duplex=False)
-                # Forked by the main thread: torch's profiler runs in no other.
+                # Forked from the main thread, because torch's profiler runs in no other.
                 process = context.Process(target=_run_group, args=(group, there))
                 process.start()
                 there.close()
@@ -266,7 +268,7 @@ def _compare(recorded: dict[str, Any], found: dict[str, Any], *, is_whole: bool)
 
 
 def _train(case: Case) -> nn.Module:
-    """12 updates, the second part of them by a model that takes up the state of the first."""
+    """Trains 12 updates; after 7 a new model loads the state of the first and continues."""
     model = galore_fx.compile(_model(case), optimizer=_adamw(), **case.settings)
     numbers = itertools.count()
     for update in range(UPDATES):
@@ -349,7 +351,7 @@ def _(value: torch.Tensor) -> Iterator[bytes]:
 
 
 def _digest(state: Any) -> str:
-    """Of the values in a state and not of their names or order, which a new layout of the code may change."""
+    """Returns a digest of the values in a state, not of their names or order, which a refactoring may change."""
     return hashlib.sha256(b"".join(sorted(hashlib.sha256(leaf).digest() for leaf in _leaves(state)))).hexdigest()[:16]
 
 
@@ -365,7 +367,7 @@ def _machine() -> dict[str, str]:
 
 
 class _kernels:
-    """Within it Inductor compiles kernels, or graphs run as AOTAutograd leaves them."""
+    """Context in which Inductor compiles kernels, or graphs run as AOTAutograd leaves them."""
 
     def __init__(self, compiled: bool) -> None:
         self._compiled = compiled
@@ -386,7 +388,7 @@ class _kernels:
 
 
 class _quiet(warnings.catch_warnings):
-    """Within it nobody warns: what is recorded are numbers."""
+    """Context without warnings and log messages."""
 
     def __enter__(self) -> None:
         super().__enter__()
