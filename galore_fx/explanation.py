@@ -103,6 +103,7 @@ def explain(
         if overrides:
             raise SettingError(f"the model is compiled; {', '.join(overrides)} cannot be given anew")
         recipe, optimizer = compiled.plan.recipe, compiled.optimizer_choice
+        keep_logits = compiled.plan.keep_logits
     elif isinstance(optimizer, torch.optim.Optimizer):
         optimizer = for_a_copy(optimizer)
     mode = fake_mode()

@@ -58,6 +58,8 @@ def test_a_compiled_model_is_explained_with_its_own_recipe_and_goes_on_training(
     assert "project_gradients" not in passes(explanation, "block model.layers.0 (LlamaDecoderLayer), refreshing"), "SVD"
     model.galore_fx.optimizer.step()
     assert model.galore_fx.stats()["num_updates"] == 1
+    keeping = galore_fx.compile(llama(1), rank=4, keep_logits=True)
+    assert not any(report.graph.startswith("head") for report in galore_fx.explain(keeping, sample()).graphs)
     with pytest.raises(galore_fx.SettingError, match="rank cannot be given anew"):
         galore_fx.explain(model, sample(), rank=8)
 
