@@ -1,5 +1,6 @@
 """Groups of small integers: what a code means, and that rounding loses no movement."""
 
+import zipfile
 from functools import partial
 
 import hypothesis.strategies as st
@@ -164,3 +165,16 @@ def test_the_compiled_update_makes_the_grids_that_it_stores():
     ROUNDING.add_(stored, lambda rows: change[rows].clone(), 1.0, key, 400)
     for made, plain in zip(stored.parts, expected, strict=True):
         assert torch.equal(made, plain)
+
+
+def test_a_checkpoint_of_before_the_module_moved_is_read(tmp_path):
+    tensor = QuantizedTensor.of(torch.randn(4, 256), 8)
+    torch.save({"weight": tensor}, tmp_path / "new.pt")
+    old_name, new_name = b"galore_fx.runtime.quantized_tensor", b"galore_fx.runtime.formats.quantized_tensor"
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for name in new.namelist():
+            written = new.read(name)
+            assert (new_name in written) == name.endswith("data.pkl")
+            old.writestr(name, written.replace(new_name, old_name))
+    read = torch.load(tmp_path / "old.pt", weights_only=True)["weight"]
+    assert isinstance(read, QuantizedTensor) and torch.equal(read.codes, tensor.codes)

@@ -184,4 +184,7 @@ _ON_CODES: dict[Any, Callable[..., Any]] = {
     _aten.copy_.default: _copy_,
     _aten.empty_like.default: _empty_like,
 }
-torch.serialization.add_safe_globals([QuantizedTensor])
+# The second name is the one under which checkpoints were written before the module moved.
+torch.serialization.add_safe_globals(
+    [QuantizedTensor, (QuantizedTensor, "galore_fx.runtime.quantized_tensor.QuantizedTensor")]
+)
