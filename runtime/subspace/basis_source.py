@@ -98,7 +98,7 @@ class BasisSource:
         Raises:
             NotImplementedError: a recipe cannot select this source.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"the source {cls.name!r} has no cost: a recipe does not select it")
 
     @property
     def draws(self) -> bool:
@@ -140,11 +140,11 @@ class BasisSource:
         Raises:
             NotImplementedError: the source uses no gradient, or the full one.
         """
-        raise NotImplementedError
+        raise NotImplementedError("this source takes nothing from the factors of a gradient")
 
     def from_full(self, grad: Tensor, basis: Tensor, dim: ProjectedDim) -> Tensor:
         """Computes the output of ``deliver`` from a full gradient (m, n); raises NotImplementedError like it."""
-        raise NotImplementedError
+        raise NotImplementedError(f"the source {self.name!r} takes nothing from a full gradient")
 
     def find(self, delivered: Tensor | None, basis: Tensor, dim: ProjectedDim) -> Tensor | None:
         """Computes the new basis.
@@ -160,7 +160,7 @@ class BasisSource:
         Raises:
             NotImplementedError: the source never renews a basis.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"the source {self.name!r} renews no basis")
 
     def overlap(self, delivered: Tensor | None, old: Tensor, new: Tensor, dim: ProjectedDim) -> float:
         """Returns the share of ``delivered`` in the old subspace, corrected for chance: 1 is all, 0 chance level."""
